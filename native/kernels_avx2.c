@@ -1,0 +1,32 @@
+/*
+ * kernels_avx2.c: the kernel set of x86-64 with AVX2 and F16C (Haswell, Zen and later). Nothing elsewhere.
+ */
+#include <stddef.h>
+#include <stdint.h>
+
+#include "commlib.h"
+#include "reduce.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define VECTOR_NBYTES 32
+#define KERNEL_TARGET __attribute__((target("avx2,f16c")))
+#define half_to_float32(x) ((vector_float32)_mm256_cvtph_ps((__m128i)(x)))
+#define float32_to_half(x) ((half_vector_uint16)_mm256_cvtps_ph((__m256)(x), _MM_FROUND_TO_NEAREST_INT))
+#include "kernels_vector.h"
+
+/* Every processor with AVX2 has F16C; a hypervisor may hide it, but older compilers have no cheap way to ask. */
+static int avx2_supported(void) {
+#if __GNUC__ >= 11
+    if (!__builtin_cpu_supports("f16c")) return 0;
+#endif
+    return __builtin_cpu_supports("avx2");
+}
+
+const cl_kernels cl_kernels_avx2 = {
+    .name = "avx2",
+    .supported = avx2_supported,
+#include "kernels_table.h"
+};
+#endif
