@@ -11,9 +11,18 @@
 #include <immintrin.h>
 
 #define VECTOR_NBYTES 32
+#define FLOAT32_REGISTER __m256
+#define HALF_REGISTER __m128i
 #define KERNEL_TARGET __attribute__((target("avx2,f16c")))
-#define half_to_float32(x) ((vector_float32)_mm256_cvtph_ps((__m128i)(x)))
-#define float32_to_half(x) ((half_vector_uint16)_mm256_cvtps_ph((__m256)(x), _MM_FROUND_TO_NEAREST_INT))
+
+KERNEL_TARGET static inline __m256 half_to_float32(__m128i x) {
+    return _mm256_cvtph_ps(x);
+}
+
+KERNEL_TARGET static inline __m128i float32_to_half(__m256 x) {
+    return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+}
+
 #include "kernels_vector.h"
 
 /* Every processor with AVX2 has F16C; a hypervisor may hide it, but older compilers have no cheap way to ask. */

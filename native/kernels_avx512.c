@@ -1,5 +1,5 @@
 /*
- * kernels_avx512.c: the kernel set of x86-64 with AVX-512 F, BW, DQ and VL (Skylake-SP, Zen 4 and later). Nothing elsewhere.
+ * kernels_avx512.c: the kernel set of x86-64 with AVX-512 F, BW, DQ and VL (Skylake-SP, Zen 4). Nothing elsewhere.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -11,9 +11,18 @@
 #include <immintrin.h>
 
 #define VECTOR_NBYTES 64
+#define FLOAT32_REGISTER __m512
+#define HALF_REGISTER __m256i
 #define KERNEL_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
-#define half_to_float32(x) ((vector_float32)_mm512_cvtph_ps((__m256i)(x)))
-#define float32_to_half(x) ((half_vector_uint16)_mm512_cvtps_ph((__m512)(x), _MM_FROUND_TO_NEAREST_INT))
+
+KERNEL_TARGET static inline __m512 half_to_float32(__m256i x) {
+    return _mm512_cvtph_ps(x);
+}
+
+KERNEL_TARGET static inline __m256i float32_to_half(__m512 x) {
+    return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+}
+
 #include "kernels_vector.h"
 
 /* The builtin asks the operating system too: without its support the registers would not survive a context switch. */

@@ -1,7 +1,8 @@
 /*
- * kernels_integer_scale.h: out = in * factor for integers and bool, one scalar loop per dtype; every kernel set includes it.
+ * kernels_integer_scale.h: out = in * factor for integers and bool, one scalar loop per dtype; every set includes it.
  *
- * Shared because it is not worth vector code: only Average on integers comes here. KERNEL_TARGET is set by the includer.
+ * Shared because it is not worth vector code: only Average on integers comes here.
+ * KERNEL_TARGET is set by the includer.
  */
 #include <stddef.h>
 #include <stdint.h>

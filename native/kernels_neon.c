@@ -11,9 +11,18 @@
 #include <arm_neon.h>
 
 #define VECTOR_NBYTES 16
-#define KERNEL_TARGET
-#define half_to_float32(x) ((vector_float32)vcvt_f32_f16((float16x4_t)(x)))
-#define float32_to_half(x) ((half_vector_uint16)vcvt_f16_f32((float32x4_t)(x)))
+#define FLOAT32_REGISTER float32x4_t
+#define HALF_REGISTER float16x4_t
+#define KERNEL_TARGET /* the base instruction set has it */
+
+KERNEL_TARGET static inline float32x4_t half_to_float32(float16x4_t x) {
+    return vcvt_f32_f16(x);
+}
+
+KERNEL_TARGET static inline float16x4_t float32_to_half(float32x4_t x) {
+    return vcvt_f16_f32(x);
+}
+
 #include "kernels_vector.h"
 
 static int neon_supported(void) {

@@ -51,7 +51,8 @@ static float float32_of_bfloat16(uint16_t bits) {
 static uint16_t bfloat16_of_float32(float x) {
     if (x != x) return 0x7fc0;
     const uint32_t bits = bits_of_float32(x);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* nearest even; the carry may reach infinity, rightly */
+    /* Nearest even; the carry may reach infinity, rightly. */
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 static float float32_of_float16(uint16_t bits) {

@@ -1,7 +1,7 @@
 /*
  * reduce.c: which kernel sets there are, which one this processor gets, and the checked calls of commlib.h.
  *
- * Knows no arithmetic: that is in kernels_*.c, by the rules in reduce.h. Keeps no state; asking again gives the same answer.
+ * Knows no arithmetic: that is in kernels_*.c, by the rules in reduce.h. Keeps no state.
  */
 #include <stddef.h>
 #include <stdint.h>

@@ -10,14 +10,14 @@
  *   - scaling an integer goes through fp64, rounds toward zero, saturates at the type's range; NaN gives 0;
  *     a bool is scaled to "true and factor is not 0".
  * Buffers need no alignment. acc and in, out and in, are the same memory or do not overlap.
- *
- * Include commlib.h first: it has no guard of its own, because cffi reads it too.
  */
 #ifndef CL_REDUCE_H
 #define CL_REDUCE_H
 
 #include <stddef.h>
 #include <stdint.h>
+
+#include "commlib.h"
 
 typedef void (*cl_reduce_kernel)(void *acc, const void *in, size_t count);
 typedef void (*cl_scale_kernel)(void *out, const void *in, size_t count, double factor);

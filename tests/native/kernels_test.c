@@ -1,8 +1,8 @@
 /*
  * kernels_test.c: every kernel set that this processor runs gives the bits of the plain set.
  *
- * Self-contained, so that it also runs under an emulator of another architecture. The plain set itself is held to NumPy by
- * tests/test_kernels.py. Usage: kernels_test [SEED]; the seed is printed, and the same seed is the same run.
+ * Self-contained, so that it also runs under an emulator of another architecture. The plain set itself is held to NumPy
+ * by tests/test_kernels.py. Usage: kernels_test [SEED]; the seed is printed, and the same seed is the same run.
  */
 #include <inttypes.h>
 #include <stdint.h>
