@@ -25,7 +25,7 @@ static const uint64_t special_bits[] = {
     0x7fffffffffffffff, 0xffffffffffffffff, 0x8000800080008000, 0x8000000080000000, 0x0080008000800080,
 };
 
-static const double factors[] = {1.0, 0.0, -0.0, 0.5, 1.0 / 3, -2.75, 1e-7, 1e300, -1e30};
+static const double factors[] = {1.0, -1.0, 0.0, -0.0, 0.5, 1.0 / 3, -2.75, 1e-7, 1e300, -1e30};
 
 static uint64_t next_random(uint64_t *state) { /* splitmix64 */
     uint64_t z = *state += 0x9e3779b97f4a7c15;
