@@ -1,0 +1,106 @@
+"""Child processes as Linux knows them: started in sessions of their own, reaped, found, killed to the last descendant."""
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from typing import Dict, Iterator, List, Tuple
+
+_PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+_HERE = os.path.dirname(os.path.abspath(__file__))
+# isolated and without site: starts in some 10 ms, whatever the user has installed
+_PROGRAM = [sys.executable, "-I", "-S"]
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of its descendants' orphans, so that `reap` and `children` miss nobody."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def start(command: List[str], environ: Dict[str, str], stdin, stdout, stderr) -> int:
+    """Starts a command that dies with this process, leading a session of its own; returns its pid.
+
+    Raises:
+        OSError: the system has no room for another process.
+    """
+    wrapper = _PROGRAM + [os.path.join(_HERE, "child.py"), str(os.getpid())]
+    process = subprocess.Popen(wrapper + command, env=environ, stdin=stdin, stdout=stdout, stderr=stderr,
+                               start_new_session=True)
+    process.returncode = 0  # `reap` waits for it, not subprocess
+    return process.pid
+
+
+def start_guard() -> subprocess.Popen:
+    """Starts guard.py, which kills the groups written to its stdin when this process dies without a word."""
+    return subprocess.Popen(_PROGRAM + [os.path.join(_HERE, "guard.py")], stdin=subprocess.PIPE,
+                            stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def reap() -> Iterator[Tuple[int, int]]:
+    """(pid, wait status) of every child that has ended."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        yield pid, status
+
+
+def children() -> List[int]:
+    """Pids of all children of this process, adopted ones too."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat", "rb") as stat:
+                # the command's name, in parentheses, may hold anything; state and parent follow it
+                parent = int(stat.read().rpartition(b")")[2].split()[1])
+        except (OSError, IndexError):
+            continue  # it has just ended
+        if parent == os.getpid():
+            found.append(int(name))
+    return found
+
+
+def signal_group(group: int, number: int) -> None:
+    """Sends a signal to a process group that may be gone already."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        pass
+
+
+def signal_process(pid: int, number: int) -> None:
+    """Sends a signal to a process that may be gone already."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def describe(status: int) -> str:
+    """How a process ended, from its wait status.
+
+    Example:
+        >>> describe(9)
+        'was killed by signal 9 (SIGKILL)'
+    """
+    if not os.WIFSIGNALED(status):
+        return f"exited with code {os.WEXITSTATUS(status)}"
+    number = os.WTERMSIG(status)
+    return f"was killed by signal {number} ({_signal_name(number)})"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "real-time signal"
+
+
+def exit_code(status: int) -> int:
+    """The shells' convention: a process's own code, or 128 + the signal that killed it."""
+    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
