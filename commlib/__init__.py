@@ -1,0 +1,126 @@
+"""commlib: collectives that hide behind compute.
+
+    import commlib
+    communicator = commlib.init()
+    total = commlib.allreduce(array, op=commlib.Sum)
+
+Start one process per rank with `commrun -np N python program.py`. The functions of this module work on the default
+communicator, which `init` makes; frameworks have modules of their own, such as `commlib.torch`.
+"""
+
+from commlib.bootstrap import StartError
+from commlib.buffer import Buffer
+from commlib.communicator import Communicator
+from commlib.errors import (
+    CommlibError, ForkedError, MismatchError, PeerLeftError, PeerLostError, ShutdownError,
+)  # fmt: skip
+from commlib.handle import Handle
+from commlib.reduction import Average, Max, Min, Product, ReduceOp, Sum
+from commlib.session import Session, forwarded
+from commlib.settings import Settings
+from commlib.version import VERSION as __version__
+
+_session = Session()
+
+
+def init(*, settings=None, timeout_s=None, environ=None):
+    """Meets the other ranks and makes the default communicator; while there is one, returns it.
+
+    Args:
+        settings: a commlib.Settings record, equal on all ranks; None: the file named by COMMLIB_SETTINGS, or the defaults.
+        timeout_s: how long to wait for the other ranks, in seconds; None: COMMLIB_START_TIMEOUT_S, or 60.
+        environ: the variables in which the launcher left rank and size; None: os.environ.
+
+    Returns:
+        The Communicator.
+
+    Raises:
+        StartError: a rank did not come in time, died, or cannot be reached.
+        MismatchError: the ranks' settings differ.
+        ForkedError: called in a forked child of a process that is initialized.
+
+    Example:
+        >>> import commlib
+        >>> commlib.init().size  # started without a launcher
+        1
+        >>> commlib.shutdown()
+    """
+    return _session.init(settings, timeout_s, environ)
+
+
+def shutdown():
+    """Leaves the group and forgets the default communicator; `init` may make another. Done at exit by itself."""
+    _session.shutdown()
+
+
+def is_initialized():
+    """True between init and shutdown."""
+    return _session.is_initialized
+
+
+def communicator():
+    """The default Communicator.
+
+    Raises:
+        ValueError: commlib is not initialized.
+    """
+    return _session.communicator()
+
+
+def rank():
+    """This process's rank, in [0, size())."""
+    return _session.communicator().rank
+
+
+def size():
+    """The number of ranks."""
+    return _session.communicator().size
+
+
+def local_rank():
+    """This process's rank among those of its host."""
+    return _session.communicator().local_rank
+
+
+def local_size():
+    """The number of ranks on this host."""
+    return _session.communicator().local_size
+
+
+def cross_rank():
+    """The index of this host."""
+    return _session.communicator().cross_rank
+
+
+def cross_size():
+    """The number of hosts."""
+    return _session.communicator().cross_size
+
+
+def is_homogeneous():
+    """True if all hosts have equally many ranks."""
+    return _session.communicator().is_homogeneous
+
+
+def _forward(name):
+    return forwarded(getattr(Communicator, name), _session)
+
+
+allreduce, allreduce_ = _forward("allreduce"), _forward("allreduce_")
+allreduce_async, allreduce_async_ = _forward("allreduce_async"), _forward("allreduce_async_")
+broadcast, broadcast_ = _forward("broadcast"), _forward("broadcast_")
+broadcast_async, broadcast_async_ = _forward("broadcast_async"), _forward("broadcast_async_")
+allgather, allgather_async = _forward("allgather"), _forward("allgather_async")
+reducescatter, reducescatter_async = _forward("reducescatter"), _forward("reducescatter_async")
+alltoall, alltoall_async = _forward("alltoall"), _forward("alltoall_async")
+barrier = _forward("barrier")
+start_timeline, stop_timeline = _forward("start_timeline"), _forward("stop_timeline")
+
+__all__ = [
+    "Average", "Buffer", "CommlibError", "Communicator", "ForkedError", "Handle", "Max", "MismatchError", "Min",
+    "PeerLeftError", "PeerLostError", "Product", "ReduceOp", "Settings", "ShutdownError", "StartError", "Sum",
+    "__version__", "allgather", "allgather_async", "allreduce", "allreduce_", "allreduce_async", "allreduce_async_",
+    "alltoall", "alltoall_async", "barrier", "broadcast", "broadcast_", "broadcast_async", "broadcast_async_",
+    "communicator", "cross_rank", "cross_size", "init", "is_homogeneous", "is_initialized", "local_rank", "local_size",
+    "rank", "reducescatter", "reducescatter_async", "shutdown", "size", "start_timeline", "stop_timeline",
+]  # fmt: skip

@@ -1,0 +1,105 @@
+"""Brief measurements at init: what a link inside a host and between hosts costs, and what a reduction costs.
+
+Rank 0 plays ping-pong with one rank of each class through the engine, as operations of two ranks that the others never
+hear of. Constants are rounded to powers of two, so that noise does not change what `selection` chooses.
+"""
+
+import math
+import time
+
+from commlib._native import ffi, lib
+from commlib.engine import AGAIN, native_plan, new_request, new_text
+from commlib.errors import CommlibError
+from commlib.names import base_key, key_of_use
+from commlib.plan import Plan, recv, send
+
+_SMALL_NBYTES = 64
+_LARGE_NBYTES = 256 << 10
+_ROUNDS = 6  # about 10 us and 300 us each on shared memory, ten times that on a network: some ms in all
+_REDUCE_NBYTES = 256 << 10
+_WAIT_S = 10.0
+
+
+def calibrated(settings, engine, hosts):
+    """The settings with the constants that are 0 and can be measured here filled in.
+
+    Called by every rank; only rank 0's answer counts, and the caller broadcasts it.
+
+    Args:
+        settings: equal on all ranks.
+        engine: started.
+        hosts: the host index of every rank.
+
+    Raises:
+        CommlibError: a peer was lost meanwhile.
+    """
+    changes = {}
+    for place, peer in (("inside", _first(hosts, same=True)), ("between", _first(hosts, same=False))):
+        names = (f"alpha_{place}_s", f"beta_{place}_s_per_byte")
+        if peer is None or engine.rank not in (0, peer) or all(getattr(settings, name) for name in names):
+            continue
+        small_s = _one_way_s(engine, place, peer, _SMALL_NBYTES)
+        large_s = _one_way_s(engine, place, peer, _LARGE_NBYTES)
+        beta = max(large_s - small_s, 1e-9) / (_LARGE_NBYTES - _SMALL_NBYTES)
+        changes.update(zip(names, (rounded(small_s), rounded(beta))))
+    if engine.rank == 0 and engine.size > 1:
+        changes["gamma_s_per_byte"] = rounded(_reduction_s() / _REDUCE_NBYTES)
+    return settings.replace(**{name: value for name, value in changes.items() if not getattr(settings, name)})
+
+
+def rounded(value):
+    """The nearest power of two.
+
+    Example:
+        >>> rounded(3.1e-6) == 2.0**-18
+        True
+    """
+    return 2.0 ** round(math.log2(value))
+
+
+def _first(hosts, same):
+    """The lowest other rank on rank 0's host, or on another one; None if there is none."""
+    return next((rank for rank in range(1, len(hosts)) if (hosts[rank] == hosts[0]) == same), None)
+
+
+def _one_way_s(engine, place, peer, nbytes):
+    """The shortest of some ping-pongs, halved."""
+    other = peer if engine.rank == 0 else 0
+    away, back = send(other, 0, 1), recv(other, 0, 1)
+    steps = (away, back) if engine.rank == 0 else (back, away)
+    plan = Plan(engine.rank, 1, 0, steps)
+    request, memory = new_request(), ffi.new("char[]", nbytes)
+    text = new_text(f"calibration of links {place} hosts")
+    request.text, request.kind, request.dtype, request.root = text, lib.CL_ALLREDUCE, lib.CL_UINT8, -1
+    request.prescale = request.postscale = 1.0
+    native = native_plan(plan)
+    request.plan, request.input, request.output, request.count = native, memory, memory, nbytes
+    base = base_key("calibration", place, str(nbytes))
+    return min(_round_s(engine, request, key_of_use(base, use)) for use in range(_ROUNDS)) / 2
+
+
+def _round_s(engine, request, key):
+    request.key = key
+    operation = engine.submit(request)
+    try:
+        begin_s = engine.now()
+        status = engine.wait(operation, _WAIT_S)
+        if status == AGAIN:
+            engine.shutdown(0)  # the memory of the ping-pong goes away now
+            raise CommlibError(f"a ping-pong with a peer took more than {_WAIT_S:g} s: is it stopped or overloaded?")
+        engine.check()
+        return engine.now() - begin_s
+    finally:
+        engine.release(operation)
+
+
+def _reduction_s():
+    """The shortest of some sums of float32."""
+    count = _REDUCE_NBYTES // 4
+    accumulator, operand = ffi.new("float[]", count), ffi.new("float[]", count)
+    times_s = []
+    for _ in range(_ROUNDS):
+        begin_s = time.perf_counter()
+        lib.cl_reduce(lib.CL_FLOAT32, lib.CL_SUM, accumulator, operand, count)
+        times_s.append(time.perf_counter() - begin_s)
+    return min(times_s)

@@ -1,0 +1,160 @@
+"""One collective call as a request to the engine: key, algorithm, plan, segments, memory.
+
+`Submitter` is the private half of a communicator. It knows kinds, names and plans; it checks no user's argument, which is
+the communicator's work, and it waits for nothing.
+"""
+
+import threading
+import zlib
+
+from commlib.buffer import DTYPES
+from commlib.engine import KIND_CODES, NO_PLAN, native_plan, new_members, new_offsets, new_request, new_text, pointer_of
+from commlib.handle import Flight, Handle
+from commlib.layout import Layout
+from commlib.names import Names
+from commlib.selection import select
+
+# These first tell each other their sizes, or check on every rank that all mean the same.
+_WITH_MEMBERS = frozenset(("broadcast", "allgather", "alltoall", "exchange"))
+
+_SEGMENT_ALIGNMENT = 64  # elements; the engine cuts chunks on such borders, and so kernels start on whole cache lines
+
+
+class Submitter:
+    """Everything between a checked call and cl_submit.
+
+    Args:
+        engine: a started commlib.engine.Engine.
+        hosts: the host index of every rank.
+        settings: the settings record that all ranks hold.
+        group: the name of the group in the keys; equal on its ranks, different from other groups.
+    """
+
+    def __init__(self, engine, hosts, settings, group="world"):
+        self.engine = engine
+        self._layout = Layout(hosts)
+        self.flight = Flight(engine)
+        self._names = Names(group, KIND_CODES)
+        self._lock = threading.Lock()
+        self._plans = {}
+        self._members = new_members(range(engine.size))
+        self.use_settings(settings)
+
+    def use_settings(self, settings):
+        """Takes over a settings record; nothing is in flight."""
+        self.settings = settings
+        self._settings_hash = settings.hash
+        self._names.forget_requests()
+
+    def submit(self, kind, name, source, target, *, priority=0, op=None, root=-1, scales=(1.0, 1.0), shape=None,
+               splits=None, parts=None, keep=None, finish=None, result=None):  # fmt: skip
+        """Posts one operation and returns its handle.
+
+        Args:
+            kind, name: what and under which name; name None is the next unnamed one of its kind.
+            source, target: Buffers read and written; None for memory of the engine or none at all.
+            priority: the engine's order; lower goes first.
+            op: a ReduceOp, for the kinds that reduce.
+            root: a rank, for broadcast.
+            scales: (prescale, postscale).
+            shape: what must be equal on all ranks; the source's shape unless given.
+            splits: elements per member, for the kinds that exchange them.
+            parts: element offsets of the plan's chunks, for reduce-scatter.
+            keep: what else must live while the operation runs.
+            finish: makes the result of the handle; without it, `result` is the result.
+
+        Raises:
+            ValueError: the name is in flight.
+        """
+        use = self._names.use(kind, name)
+        if use.handle is not None:
+            self._free_name(kind, use)
+        signature = (source.dtype, source.count, shape or source.shape, op, root, priority, scales, parts)
+        with self._lock:
+            if use.signature != signature:
+                self._describe(use, kind, signature)
+            request = use.request
+            key, number = use.next_key(), use.count
+            request.key = key
+            request.input = pointer_of(source)
+            if target is not None:
+                request.output = request.input if target is source else pointer_of(target)
+            if splits is not None:
+                request.nsplits = len(splits)
+                request.splits = held = new_offsets(splits)  # lives until the engine has copied it
+            handle = Handle(self.flight, use, kind, f"noname.{number}" if name is None else name,
+                            (source, target, keep), finish, result)  # fmt: skip
+            self.flight.add(handle)
+            try:
+                handle.operation = self.engine.submit(request)
+            except BaseException:
+                self.flight.discard(handle)
+                raise
+        if name is not None:
+            use.handle = handle
+        return handle
+
+    def _free_name(self, kind, use):
+        """The last operation of a name may be done without anybody having noticed."""
+        handle = use.handle
+        if not handle.done():
+            raise ValueError(f"{kind} {use.name!r} is still in flight: wait for it first, or give this one another name")
+        self.flight.landed(handle)
+
+    def _describe(self, use, kind, signature):
+        """Fills in all of a request that does not change from one use of a name to the next."""
+        dtype, count, shape, op, root, priority, scales, parts = signature
+        use.signature = None  # while the request is half written
+        request = use.request = use.request or new_request()
+        code, itemsize = DTYPES[dtype]
+        plan, segment_count = self._plan(kind, count * itemsize, itemsize, max(root, 0))
+        text = new_text(_text_of(kind, use.name, dtype, shape, op, root, scales))
+        offsets = new_offsets(parts) if parts is not None else None
+        request.text, request.kind, request.dtype = text, KIND_CODES[kind], code
+        request.reduction = op.code if op is not None else 0
+        request.root = root
+        request.priority = priority
+        request.shape_hash = zlib.crc32(repr(shape).encode())
+        request.settings_hash = self._settings_hash
+        request.prescale, request.postscale = scales
+        request.count = count
+        request.my_part = self.engine.rank
+        request.plan, request.segment_count = plan, segment_count
+        if offsets is not None:
+            request.parts = offsets
+        if kind in _WITH_MEMBERS:
+            request.members, request.nmembers = self._members, self.engine.size
+        use.keep = (text, offsets, plan)
+        use.signature = signature
+
+    def _plan(self, kind, nbytes, itemsize, root):
+        """The engine's plan for an operation, made once per (kind, algorithm, root), and elements per segment."""
+        if kind == "exchange":
+            return NO_PLAN, 0
+        choice = select(kind, nbytes, self._layout.shape(kind, root), self.settings)
+        key = (kind, choice.algorithm, root)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = native_plan(self._layout.plan(kind, choice.algorithm, self.engine.rank, root))
+        return plan, _segment_count(choice.segment_nbytes, itemsize)
+
+
+def _segment_count(segment_nbytes, itemsize):
+    """Elements per segment; 0: one segment."""
+    if segment_nbytes == 0:
+        return 0
+    return max(_SEGMENT_ALIGNMENT, segment_nbytes // itemsize // _SEGMENT_ALIGNMENT * _SEGMENT_ALIGNMENT)
+
+
+def _text_of(kind, name, dtype, shape, op, root, scales):
+    """What error messages call the operation: all that must be equal on its ranks."""
+    words = [kind, "(unnamed)" if name is None else repr(name)]
+    if kind not in ("barrier", "exchange"):
+        words += [dtype, str(shape)]
+    if op is not None:
+        words.append(op.word)
+    if root >= 0:
+        words.append(f"root {root}")
+    if scales != (1.0, 1.0):
+        words.append(f"scaled by {scales[0]:g} and {scales[1]:g}")
+    return " ".join(words)

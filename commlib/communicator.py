@@ -1,0 +1,327 @@
+"""A communicator: the collectives of one group of ranks on arrays.
+
+Every collective comes as `name_async`, which returns a Handle at once, and `name`, which waits. With a trailing
+underscore it works in place. This file checks what users pass, and describes results; `collective` does the rest.
+"""
+
+from functools import partial
+
+from commlib.buffer import Buffer, as_buffer, copy_into, new_like, style_of, writable_buffer
+from commlib.collective import Submitter
+from commlib.control import Control
+from commlib.reduction import Average, check_op
+from commlib.results import Rows, exchanged
+from commlib.timeline import Timeline
+
+# Operations of others that still need this rank's last bytes get this long at close.
+_LINGER_MS = 2000
+
+# Every rank's bytes may have another length.
+_ANY = ("any",)
+
+_NOTHING = Buffer(0, (0,), "uint8", None, True)
+
+
+class Communicator:
+    """The collectives of a group of ranks; made by `commlib.init()`.
+
+    Operations are matched between ranks by their names, in whatever order they are submitted; unnamed ones by their
+    sequence number per kind. Arrays are NumPy arrays, anything with the buffer protocol, or `commlib.Buffer`.
+
+    Args:
+        engine: a started commlib.engine.Engine.
+        topology: a commlib.connect.Topology: who lives where.
+        settings: the settings record that all ranks hold.
+
+    Example:
+        >>> import commlib, numpy
+        >>> communicator = commlib.init()
+        >>> communicator.allreduce(numpy.arange(3.0), op=commlib.Sum)  # with one rank
+        array([0., 1., 2.])
+        >>> commlib.shutdown()
+    """
+
+    def __init__(self, engine, topology, settings):
+        self._engine = engine
+        self._submitter = Submitter(engine, topology.hosts, settings)
+        self.rank = engine.rank
+        self.size = engine.size
+        self.local_rank = topology.local_rank
+        self.local_size = topology.local_size
+        self.cross_rank = topology.cross_rank
+        self.cross_size = topology.cross_size
+        self.is_homogeneous = topology.is_homogeneous
+        self.host_sizes = tuple(topology.hosts.count(host) for host in range(max(topology.hosts) + 1))
+        self.control = Control(self.exchange, self.rank, self.size)
+        self.timeline = None
+
+    # ---- allreduce -------------------------------------------------------------------------------------------
+
+    def allreduce_async_(self, array, *, name=None, op=Average, priority=0, prescale_factor=1.0, postscale_factor=1.0):
+        """Reduces the array over all ranks, in place: x <- postscale * op_r(prescale * x_r); Average divides by size.
+
+        Args:
+            array: contiguous, writable, of the same shape and dtype on all ranks. Do not touch it before the wait.
+            name: matches the operation between ranks; None: by sequence number.
+            op: commlib.Average, Sum, Min, Max or Product. On bool: Sum and Max are "or", Product and Min are "and".
+            priority: 0 is needed first; lower goes first.
+            prescale_factor, postscale_factor: multiply each contribution, and the result.
+
+        Returns:
+            A Handle; its wait() returns the array.
+
+        Raises:
+            ValueError: read-only or non-contiguous array, name in flight.
+            TypeError: no array, unknown dtype, unknown op.
+        """
+        return self._allreduce(array, writable_buffer(array, "allreduce_"), False, name, op, priority,
+                               prescale_factor, postscale_factor)  # fmt: skip
+
+    def allreduce_async(self, array, *, name=None, op=Average, priority=0, prescale_factor=1.0, postscale_factor=1.0):
+        """As `allreduce_async_`, with the result in a new array; the array is only read."""
+        return self._allreduce(array, as_buffer(array), True, name, op, priority, prescale_factor, postscale_factor)
+
+    def allreduce_(self, array, *, name=None, op=Average, priority=0, prescale_factor=1.0, postscale_factor=1.0,
+                   timeout_s=None):  # fmt: skip
+        """As `allreduce_async_`, and waits. Returns the array."""
+        return self._allreduce(array, writable_buffer(array, "allreduce_"), False, name, op, priority,
+                               prescale_factor, postscale_factor).wait(timeout_s)  # fmt: skip
+
+    def allreduce(self, array, *, name=None, op=Average, priority=0, prescale_factor=1.0, postscale_factor=1.0,
+                  timeout_s=None):  # fmt: skip
+        """As `allreduce_async`, and waits. Returns the new array.
+
+        Example:
+            >>> import commlib, numpy
+            >>> commlib.init().allreduce(numpy.array([3, 4]), op=commlib.Max)
+            array([3, 4])
+            >>> commlib.shutdown()
+        """
+        return self._allreduce(array, as_buffer(array), True, name, op, priority,
+                               prescale_factor, postscale_factor).wait(timeout_s)  # fmt: skip
+
+    def _allreduce(self, array, source, is_new, name, op, priority, prescale, postscale):
+        check_op(op, source.dtype)
+        scales = _scales(op, prescale, postscale, self.size)
+        result, target = (array, source)
+        if is_new:
+            result, target = new_like(style_of(array, source), source.shape, source.dtype)
+        return self._submitter.submit("allreduce", name, source, target, priority=priority, op=op, scales=scales,
+                                      result=result)  # fmt: skip
+
+    # ---- broadcast -------------------------------------------------------------------------------------------
+
+    def broadcast_async_(self, array, root_rank, *, name=None, priority=0):
+        """Overwrites the array with the root's, in place.
+
+        Args:
+            array: contiguous, writable, of the same shape and dtype on all ranks.
+            root_rank: the rank whose array everybody gets.
+            name, priority: as for `allreduce_async_`.
+
+        Returns:
+            A Handle; its wait() returns the array.
+
+        Raises:
+            ValueError: root_rank is no rank, read-only or non-contiguous array, name in flight.
+        """
+        buffer = writable_buffer(array, "broadcast_")
+        self._check_root(root_rank)
+        return self._submitter.submit("broadcast", name, buffer, buffer, priority=priority, root=root_rank, result=array)
+
+    def broadcast_async(self, array, root_rank, *, name=None, priority=0):
+        """As `broadcast_async_`, with the root's values in a new array."""
+        source = as_buffer(array)
+        self._check_root(root_rank)
+        result, target = new_like(style_of(array, source), source.shape, source.dtype)
+        if self.rank == root_rank:
+            copy_into(target, source)
+        return self._submitter.submit("broadcast", name, target, target, priority=priority, root=root_rank, result=result)
+
+    def broadcast_(self, array, root_rank, *, name=None, priority=0, timeout_s=None):
+        """As `broadcast_async_`, and waits. Returns the array."""
+        return self.broadcast_async_(array, root_rank, name=name, priority=priority).wait(timeout_s)
+
+    def broadcast(self, array, root_rank, *, name=None, priority=0, timeout_s=None):
+        """As `broadcast_async`, and waits. Returns the new array."""
+        return self.broadcast_async(array, root_rank, name=name, priority=priority).wait(timeout_s)
+
+    # ---- allgather, reducescatter, alltoall ------------------------------------------------------------------
+
+    def allgather_async(self, array, *, name=None, priority=0):
+        """Joins the arrays of all ranks along the first dimension, in rank order.
+
+        Args:
+            array: contiguous, of one dimension at least; the first may differ between ranks, the others not.
+            name, priority: as for `allreduce_async_`.
+
+        Returns:
+            A Handle; its wait() returns the new array.
+
+        Raises:
+            ValueError: an array without dimensions, non-contiguous array, name in flight.
+        """
+        rows = Rows("allgather", array, as_buffer(array))
+        return self._submitter.submit(
+            "allgather", name, rows.payload, None, priority=priority, shape=rows.shape_hashed,
+            splits=(rows.payload.count,), finish=rows.gathered,
+        )  # fmt: skip
+
+    def allgather(self, array, *, name=None, priority=0, timeout_s=None):
+        """As `allgather_async`, and waits. Returns the new array."""
+        return self.allgather_async(array, name=name, priority=priority).wait(timeout_s)
+
+    def reducescatter_async(self, array, *, name=None, op=Average, priority=0, prescale_factor=1.0, postscale_factor=1.0):
+        """Reduces over all ranks and gives each its share of the rows; low ranks get the rows that remain.
+
+        Args:
+            array: contiguous, of one dimension at least, of the same shape and dtype on all ranks.
+            name, op, priority, prescale_factor, postscale_factor: as for `allreduce_async_`.
+
+        Returns:
+            A Handle; its wait() returns this rank's rows as a new array.
+
+        Raises:
+            ValueError: an array without dimensions, non-contiguous array, name in flight.
+        """
+        source = as_buffer(array)
+        rows = Rows("reducescatter", array, source)
+        check_op(op, source.dtype)
+        return self._submitter.submit(
+            "reducescatter", name, source, None, priority=priority, op=op,
+            scales=_scales(op, prescale_factor, postscale_factor, self.size),
+            parts=rows.parts(self.size), finish=partial(rows.scattered, self.rank, self.size),
+        )  # fmt: skip
+
+    def reducescatter(self, array, *, name=None, op=Average, priority=0, prescale_factor=1.0, postscale_factor=1.0,
+                      timeout_s=None):  # fmt: skip
+        """As `reducescatter_async`, and waits. Returns this rank's rows."""
+        return self.reducescatter_async(
+            array, name=name, op=op, priority=priority, prescale_factor=prescale_factor,
+            postscale_factor=postscale_factor,
+        ).wait(timeout_s)  # fmt: skip
+
+    def alltoall_async(self, array, splits=None, *, name=None, priority=0):
+        """Sends rows to every rank and receives theirs, joined in rank order.
+
+        Args:
+            array: contiguous, of one dimension at least; the first may differ between ranks, the others not.
+            splits: rows for each rank, in rank order; None: the same number for each.
+            name, priority: as for `allreduce_async_`.
+
+        Returns:
+            A Handle; its wait() returns the new array, or with splits (array, rows received from each rank).
+
+        Raises:
+            ValueError: splits that do not fit the array, or rows that do not divide evenly; as for `allgather_async`.
+        """
+        rows = Rows("alltoall", array, as_buffer(array))
+        row_splits = rows.even_splits(self.size) if splits is None else rows.checked_splits(splits, self.size)
+        return self._submitter.submit(
+            "alltoall", name, rows.payload, None, priority=priority, shape=rows.shape_hashed,
+            splits=rows.elements(row_splits),
+            finish=rows.gathered if splits is None else rows.gathered_with_splits,
+        )  # fmt: skip
+
+    def alltoall(self, array, splits=None, *, name=None, priority=0, timeout_s=None):
+        """As `alltoall_async`, and waits."""
+        return self.alltoall_async(array, splits, name=name, priority=priority).wait(timeout_s)
+
+    # ---- without arrays --------------------------------------------------------------------------------------
+
+    def barrier(self, timeout_s=None):
+        """Returns when all ranks have called it.
+
+        Raises:
+            TimeoutError: some rank did not within timeout_s.
+        """
+        self._submitter.submit("barrier", None, _NOTHING, _NOTHING).wait(timeout_s)
+
+    def exchange(self, payload, *, name, timeout_s=None):
+        """Tells every rank everybody's bytes: the control plane, for what ranks must know of each other.
+
+        Args:
+            payload: bytes; the length may differ between ranks.
+            name: matches the exchange between ranks.
+
+        Returns:
+            A list of bytes, one per rank, in rank order.
+        """
+        return self._submitter.submit("exchange", name, as_buffer(payload), None, shape=_ANY, finish=exchanged).wait(timeout_s)
+
+    # ---- life ------------------------------------------------------------------------------------------------
+
+    @property
+    def settings(self):
+        """The settings record that all ranks hold."""
+        return self._submitter.settings
+
+    @settings.setter
+    def settings(self, settings):
+        self._submitter.use_settings(settings)
+
+    @property
+    def health(self):
+        """None while the communicator is well; else the exception that every further call would raise."""
+        try:
+            self._engine.check()
+        except Exception as error:
+            return error
+        return None
+
+    @property
+    def is_forked(self):
+        """True in a forked child of the process that made the communicator: there it only raises ForkedError."""
+        return self._engine.forked
+
+    def after_fork(self):
+        """Called in a forked child, before anything else: gives up the engine, and touches nothing of the parent's."""
+        self._engine.after_fork()
+
+    def stats(self):
+        """What this rank has done so far: counts and bytes, a dict.
+
+        Example:
+            >>> import commlib
+            >>> commlib.init().stats()["failed"]
+            0
+            >>> commlib.shutdown()
+        """
+        return {**self._engine.stats(), "in_flight": len(self._submitter.flight), "settings_hash": self.settings.hash}
+
+    def start_timeline(self, path):
+        """Records operations and user spans of this rank from now on; every rank calls it with the same path.
+
+        Args:
+            path: of the Chrome trace (JSON) that `stop_timeline` writes; open it in ui.perfetto.dev.
+        """
+        if self.timeline is not None:
+            raise ValueError(f"a timeline is being written to {self.timeline.path}: call stop_timeline() first")
+        self.timeline = self._submitter.flight.timeline = Timeline(path, self.rank)
+
+    def stop_timeline(self, timeout_s=60.0):
+        """Ends the timeline; every rank calls it, and rank 0 writes one file that shows all of them."""
+        timeline = self.timeline
+        if timeline is not None:
+            self._submitter.flight.sweep()
+            self.timeline = self._submitter.flight.timeline = None
+            timeline.finish(partial(self.exchange, name="timeline", timeout_s=timeout_s))
+
+    def close(self):
+        """Leaves the group. What is in flight fails with ShutdownError; other ranks learn that this one left."""
+        if self.timeline is not None and not self._engine.forked:
+            try:
+                self.stop_timeline(timeout_s=_LINGER_MS / 1000)
+            except (RuntimeError, TimeoutError):
+                pass  # others are gone or busy: each rank's own file stays
+        self._engine.shutdown(_LINGER_MS)
+        if not self._engine.forked:
+            self._submitter.flight.sweep()
+
+    def _check_root(self, root_rank):
+        if type(root_rank) is not int or not 0 <= root_rank < self.size:
+            raise ValueError(f"root_rank must be a rank, an int in [0, {self.size}), not {root_rank!r}")
+
+
+def _scales(op, prescale, postscale, size):
+    return float(prescale), float(postscale) / size if op is Average else float(postscale)

@@ -1,0 +1,239 @@
+"""The C engine as Python sees it: one object per engine, and the one place that knows how to call it.
+
+It knows cffi, statuses and pointers; it knows no algorithm, no NumPy and no name. Whoever holds it decides what to
+submit. In a forked child the object is dead: it only says so.
+"""
+
+from commlib._native import ffi, lib
+from commlib.errors import ForkedError, ShutdownError, error_of
+
+# The engine's cl_kind of every kind.
+KIND_CODES = {
+    "allreduce": lib.CL_ALLREDUCE, "broadcast": lib.CL_BROADCAST, "allgather": lib.CL_ALLGATHER,
+    "reducescatter": lib.CL_REDUCESCATTER, "alltoall": lib.CL_ALLTOALL, "barrier": lib.CL_BARRIER,
+    "exchange": lib.CL_EXCHANGE,
+}  # fmt: skip
+
+AGAIN = lib.CL_AGAIN
+
+# The control plane's own exchanges have no plan.
+NO_PLAN = ffi.NULL
+
+# Waits in C return this often, so that Python can run signal handlers (Ctrl-C).
+_SLICE_MS = 100
+
+_STATS = ("operations", "failed", "sent_nbytes", "received_nbytes", "eager_kept", "eager_starved", "grants", "frames")
+
+_FORKED_TEXT = (
+    "commlib was initialized in the parent of this process, and a forked child holds no engine: communicate in the "
+    "process that called init(), or start children with multiprocessing's 'spawn' method and call init() there"
+)
+
+
+class Engine:
+    """One cl_engine: made, linked, started, used, shut down.
+
+    Args:
+        rank, size: this rank and the number of ranks.
+        settings: the commlib.settings.Settings that the links are made with.
+
+    Raises:
+        ValueError: the engine refuses a setting.
+    """
+
+    __slots__ = ("pointer", "rank", "size", "forked", "closed", "_out", "__weakref__")
+
+    def __init__(self, rank, size, settings):
+        self.pointer = None
+        self.rank = rank
+        self.size = size
+        self.forked = False
+        self.closed = False
+        self._out = ffi.new("cl_operation **")
+        fields = {name: getattr(settings, name) for name in _ENGINE_SETTINGS}
+        engine = ffi.new("cl_engine **")
+        _check(lib.cl_engine_new(rank, size, ffi.new("cl_settings *", fields), engine))
+        self.pointer = engine[0]
+
+    # ---- links: what commlib.connect wants of an endpoint; descriptors given here are the engine's from then on ---
+
+    def create_shared(self, npeers):
+        """Makes this rank's shared memory for its local peers. Returns (memfd, doorbell), which stay the engine's."""
+        memfd, doorbell = ffi.new("int *"), ffi.new("int *")
+        status = lib.cl_shm_create(self.pointer, npeers, memfd, doorbell)
+        if status != lib.CL_OK:
+            raise error_of(status, f"{_string(lib.cl_status_text(status))} while making shared memory for {npeers} peers: "
+                           "free some memory, raise the limit of open files or of memory (ulimit), or set a smaller "
+                           "shm_ring_nbytes")  # fmt: skip
+        return memfd[0], doorbell[0]
+
+    def attach_shared(self, peer, shared):
+        """Links a peer by its shared memory (a commlib.connect.SharedPeer)."""
+        _check(lib.cl_shm_attach(self.pointer, peer, shared.memfd, shared.doorbell, shared.pidfd, shared.my_slot,
+                                 shared.peer_slot))  # fmt: skip
+
+    def attach_tcp(self, peer, descriptor):
+        """Links a peer by a connected socket."""
+        _check(lib.cl_tcp_attach(self.pointer, peer, descriptor))
+
+    # ---- life ------------------------------------------------------------------------------------------------
+
+    def start(self):
+        """Starts the progress thread; all links are attached by now."""
+        _check(lib.cl_engine_start(self.pointer))
+
+    def submit(self, request):
+        """Posts a request and returns its operation; the caller holds its lock, and releases the operation."""
+        if self.forked or self.closed:
+            self.check()
+        status = lib.cl_submit(self.pointer, request, self._out)
+        if status:
+            raise error_of(status, _REFUSED if status == lib.CL_INVALID else "")
+        return self._out[0]
+
+    def check(self):
+        """Raises what ended this engine, if anything did: a fork, a shutdown, a lost peer."""
+        if self.forked:
+            raise ForkedError(_FORKED_TEXT)
+        if self.closed:
+            raise ShutdownError("this communicator was closed: call commlib.init() to make another")
+        text, peer = ffi.new("char **"), ffi.new("int32_t *")
+        status = lib.cl_engine_health(self.pointer, text, peer)
+        if status != lib.CL_OK:
+            raise error_of(status, _string(text[0]), peer[0])
+
+    def now(self):
+        """Seconds on the clock of an operation's times."""
+        return lib.cl_engine_now(self.pointer)
+
+    def stats(self):
+        """What the engine has counted, a dict of ints."""
+        if self.forked:
+            raise ForkedError(_FORKED_TEXT)
+        stats = ffi.new("cl_stats *")
+        lib.cl_engine_stats(self.pointer, stats)
+        return {name: getattr(stats, name) for name in _STATS}
+
+    def shutdown(self, linger_ms):
+        """Says goodbye to the peers and closes all links; idempotent, and nothing in a forked child."""
+        if not self.forked and not self.closed:
+            self.closed = True
+            lib.cl_engine_shutdown(self.pointer, linger_ms)
+
+    def after_fork(self):
+        """In the child: gives back this process's copies of descriptors; from here on every call is refused."""
+        if not self.forked:
+            self.forked = True
+            lib.cl_engine_forked(self.pointer)
+
+    def __del__(self):
+        # A child must not free what its parent's threads may have held at the fork.
+        if self.pointer is not None and not self.forked:
+            self.shutdown(0)
+            lib.cl_engine_free(self.pointer)
+
+    # ---- operations ------------------------------------------------------------------------------------------
+
+    def wait(self, operation, timeout_s):
+        """Waits for an operation, moving data meanwhile. Returns its status, CL_AGAIN if the time is over first."""
+        if self.forked:
+            raise ForkedError(_FORKED_TEXT)
+        if timeout_s is None:
+            status = lib.CL_AGAIN
+            while status == lib.CL_AGAIN:
+                status = lib.cl_operation_wait(operation, _SLICE_MS)
+            return status
+        end_s = lib.cl_engine_now(self.pointer) + timeout_s
+        while True:
+            left_ms = (end_s - lib.cl_engine_now(self.pointer)) * 1e3
+            status = lib.cl_operation_wait(operation, max(0, min(_SLICE_MS, int(left_ms + 0.999))))
+            if status != lib.CL_AGAIN or left_ms <= 0:
+                return status
+
+    def done(self, operation):
+        """True if the operation is done, well or not."""
+        if self.forked:
+            raise ForkedError(_FORKED_TEXT)
+        return lib.cl_operation_done(operation) != 0
+
+    def release(self, operation):
+        """Gives an operation back; its result memory goes with it."""
+        if not self.forked:
+            lib.cl_operation_release(operation)
+
+    def result(self, operation):
+        """(address, count, every member's count) of the result of a kind that allocates it; it goes with the operation."""
+        address, count, counts = ffi.new("void **"), ffi.new("uint64_t *"), ffi.new("uint64_t **")
+        _check(lib.cl_operation_result(operation, address, count, counts))
+        members = [] if counts[0] == ffi.NULL else ffi.unpack(counts[0], self.size)
+        return int(ffi.cast("uintptr_t", address[0])), count[0], members
+
+
+def operation_times(operation):
+    """(submitted, started, done) of an operation in seconds on the engine's clock; negative: not yet."""
+    times = ffi.new("double[3]")
+    lib.cl_operation_times(operation, times, times + 1, times + 2, ffi.new("uint32_t *"))
+    return times[0], times[1], times[2]
+
+
+def operation_error(operation):
+    """The exception of a failed operation; the caller raises it."""
+    text, peer = ffi.new("char **"), ffi.new("int32_t *")
+    status = lib.cl_operation_status(operation, text, peer)
+    return error_of(status, _string(text[0]), peer[0])
+
+
+def new_request():
+    """An empty cl_request."""
+    return ffi.new("cl_request *")
+
+
+def new_text(text):
+    """A C string, which lives as long as the object."""
+    return ffi.new("char[]", text.encode())
+
+
+def new_offsets(offsets):
+    """A C array of uint64_t."""
+    return ffi.new("uint64_t[]", offsets)
+
+
+def new_members(members):
+    """A C array of int32_t."""
+    return ffi.new("int32_t[]", list(members))
+
+
+def pointer_of(buffer):
+    """Where a commlib Buffer begins, as the request wants it; it keeps no more alive than the buffer does."""
+    if buffer.known_address is None:
+        return ffi.from_buffer(buffer.owner)
+    return ffi.cast("void *", buffer.known_address)
+
+
+def native_plan(plan):
+    """A commlib.plan.Plan as cl_plan, which is freed with the object.
+
+    Raises:
+        ValueError: the steps are no plan.
+    """
+    packed = plan.pack()
+    steps = ffi.from_buffer("cl_step[]", packed) if plan.steps else ffi.NULL
+    native = ffi.new("cl_plan **")
+    _check(lib.cl_plan_new(steps, len(plan.steps), plan.nchunks, plan.inputs, native))
+    return ffi.gc(native[0], lib.cl_plan_free)
+
+
+_ENGINE_SETTINGS = (
+    "eager_nbytes", "eager_budget_nbytes", "inflight_nbytes", "spin_us", "heartbeat_ms", "lost_ms", "shm_ring_nbytes",
+)  # fmt: skip
+
+_REFUSED = "the engine refuses a request that contradicts itself: this is a fault of commlib, please report it"
+
+
+def _check(status):
+    if status != lib.CL_OK:
+        raise error_of(status)
+
+
+def _string(text):
+    return ffi.string(text).decode(errors="replace")

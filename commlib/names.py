@@ -1,0 +1,72 @@
+"""Names of operations, and the keys by which ranks match them.
+
+A key is a 64-bit hash of (group, kind, name), mixed with the number of times that the name was used before. Ranks that
+use the same names as often as each other get the same keys, in whatever order; nothing is negotiated.
+"""
+
+import hashlib
+
+# 2^64 / golden ratio, odd: the n-th uses of one name are distinct for 2^64 uses and far apart.
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+def base_key(group, kind, name):
+    """64 bits that stand for (group, kind, name); name None: the unnamed operations of that kind."""
+    text = f"{group}\0{kind}\0" + ("" if name is None else f"={name}")
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def key_of_use(base, use):
+    """The key of the use-th operation of a name."""
+    return (base + use * _GOLDEN) & _MASK
+
+
+class Use:
+    """What is remembered of one name of one kind: how often it was used, and what it asked for last.
+
+    `request` and `signature` belong to whoever submits: a repeated call fills in only what changed.
+    """
+
+    __slots__ = ("base", "name", "count", "handle", "request", "signature", "keep")
+
+    def __init__(self, group, kind, name):
+        self.base = base_key(group, kind, name)
+        self.name = name
+        self.count = 0
+        self.handle = None
+        self.request = None
+        self.signature = None
+        self.keep = None
+
+    def next_key(self):
+        """Counts one more use and returns its key."""
+        key = (self.base + self.count * _GOLDEN) & _MASK
+        self.count += 1
+        return key
+
+
+class Names:
+    """All names that one communicator has used, per kind."""
+
+    __slots__ = ("group", "_uses")
+
+    def __init__(self, group, kinds):
+        self.group = group
+        self._uses = {kind: {} for kind in kinds}
+
+    def use(self, kind, name):
+        """The record of a name, made at its first use."""
+        uses = self._uses[kind]
+        use = uses.get(name)
+        if use is None:
+            if name is not None and type(name) is not str:
+                raise TypeError(f"the name of an operation is a string, not {type(name).__name__}")
+            use = uses[name] = Use(self.group, kind, name)
+        return use
+
+    def forget_requests(self):
+        """What was asked for last is out of date; how often each name was used is not."""
+        for uses in self._uses.values():
+            for use in uses.values():
+                use.request = use.signature = use.keep = None

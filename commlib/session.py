@@ -1,0 +1,155 @@
+"""From nothing to a communicator, and the default one behind the module-level functions.
+
+`open_communicator` is the order of events at init: who am I, meet, agree, link, measure. `Session` holds the default
+communicator of a process, of which there is one; it is the only state that this package keeps by itself.
+"""
+
+import atexit
+import functools
+import inspect
+import logging
+import os
+from dataclasses import fields
+
+from commlib import bootstrap, rendezvous
+from commlib.calibrate import calibrated
+from commlib.communicator import Communicator
+from commlib.connect import connect
+from commlib.control import Control
+from commlib.engine import Engine
+from commlib.errors import MismatchError
+from commlib.settings import Settings
+from commlib.version import VERSION
+
+_log = logging.getLogger("commlib")
+
+_SETTING_NAMES = frozenset(field.name for field in fields(Settings))
+# Options that are no settings: they may differ between ranks, or are another file's.
+_OTHER_OPTIONS = frozenset(("settings", "timeline", "start_timeout_s", "interface", "log_level"))
+
+
+def open_communicator(generation, settings=None, timeout_s=None, environ=None):
+    """Meets the other ranks and links them.
+
+    Args:
+        generation: how many times this process has done so, this time included.
+        settings: a Settings record; None: the file named by COMMLIB_SETTINGS, or the defaults. COMMLIB_* options of the
+            environment override single fields.
+        timeout_s: how long to wait for the other ranks; None: COMMLIB_START_TIMEOUT_S or 60 s.
+        environ: the environment to read; None: the process's own.
+
+    Raises:
+        StartError: a rank did not come, was lost, or cannot be reached.
+        MismatchError: ranks differ in their settings.
+        ValueError: an option that is no setting or cannot have its value.
+    """
+    placement = bootstrap.discover(environ)
+    settings = _starting_settings(settings, placement.options)
+    engine = Engine(placement.rank, placement.size, settings)
+    try:
+        topology = _link(engine, placement, settings, generation, timeout_s)
+        communicator = Communicator(engine, topology, settings)
+        record = calibrated(settings, engine, topology.hosts).to_json().encode()
+        record = communicator.control.broadcast_bytes(record, name="settings", timeout_s=timeout_s)
+    except BaseException:
+        engine.shutdown(0)
+        raise
+    communicator.settings = Settings.from_json(record.decode())
+    _log.debug("rank %d of %d: settings %08x %s", engine.rank, engine.size, communicator.settings.hash, record.decode())
+    if "timeline" in placement.options:
+        communicator.start_timeline(placement.options["timeline"])
+    return communicator
+
+
+def _starting_settings(settings, options):
+    """The record before anything was measured: given, from a file, or default; with the environment's overrides."""
+    if settings is None:
+        settings = Settings.load(options["settings"]) if "settings" in options else Settings()
+    if not isinstance(settings, Settings):
+        raise TypeError(f"settings must be a commlib.Settings, not {type(settings).__name__}")
+    for name in sorted(set(options) - _SETTING_NAMES - _OTHER_OPTIONS):
+        _log.warning("COMMLIB_%s is no option of commlib and has no effect", name.upper())
+    return settings.overridden({name: text for name, text in options.items() if name in _SETTING_NAMES})
+
+
+def _link(engine, placement, settings, generation, timeout_s):
+    """Meets the other ranks in the store, agrees with them, links the engine and starts it."""
+    with rendezvous.join(placement, generation, VERSION, timeout_s) as store:
+        control = Control(functools.partial(_exchange_in_store, store), placement.rank, placement.size)
+        mismatch = _mismatch(control, settings)
+        if mismatch is None:
+            topology = connect(placement, store, engine, settings.transport)
+            engine.start()
+    # Outside the store: every rank has seen the same and raises for itself, so none need abort the others.
+    if mismatch is not None:
+        raise mismatch
+    return topology
+
+
+def _exchange_in_store(store, payload, *, name, timeout_s=None):
+    return store.gather(name, payload, timeout_s)
+
+
+def _mismatch(control, settings):
+    try:
+        control.agree("settings", settings.as_dict(),
+                      advice="give every rank the same COMMLIB_* variables and the same init(settings=...)")  # fmt: skip
+    except MismatchError as error:
+        return error
+    return None
+
+
+class Session:
+    """The default communicator of a process, and how often there was one."""
+
+    def __init__(self):
+        self._communicator = None
+        self._generation = 0
+        atexit.register(self.shutdown)
+        os.register_at_fork(after_in_child=self._after_fork)
+
+    def init(self, settings=None, timeout_s=None, environ=None):
+        """Makes the default communicator; while there is one, returns it."""
+        if self._communicator is None:
+            self._generation += 1
+            self._communicator = open_communicator(self._generation, settings, timeout_s, environ)
+        elif self._communicator.is_forked:
+            raise self._communicator.health
+        return self._communicator
+
+    def shutdown(self):
+        """Closes the default communicator, if there is one."""
+        communicator, self._communicator = self._communicator, None
+        if communicator is not None:
+            communicator.close()
+
+    def communicator(self):
+        """The default communicator.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self._communicator is None:
+            raise ValueError("commlib is not initialized: call commlib.init() first")
+        return self._communicator
+
+    @property
+    def is_initialized(self):
+        """True between init and shutdown."""
+        return self._communicator is not None
+
+    def _after_fork(self):
+        if self._communicator is not None:
+            self._communicator.after_fork()
+
+
+def forwarded(method, session):
+    """A Communicator's method as a function on the session's default communicator, with its own signature and text."""
+
+    @functools.wraps(method)
+    def function(*args, **kwargs):
+        return method(session.communicator(), *args, **kwargs)
+
+    signature = inspect.signature(method)
+    function.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+    return function
