@@ -1,0 +1,222 @@
+/*
+ * commlib.h: everything that Python may call in the engine.
+ *
+ * Plain C without macros or conditions, because two readers parse it: the compiler and cffi (which is given no '#' lines).
+ * Buffers cross as (address, count, dtype); nothing here knows a framework, an environment variable or a host name.
+ * Every function that can fail returns a cl_status; data goes through out-pointers.
+ */
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+/* ---- words ------------------------------------------------------------------------------------------------- */
+
+typedef enum {
+    CL_OK = 0,
+    CL_AGAIN,      /* not now: nothing was done, try later */
+    CL_INVALID,    /* an argument is wrong; nothing was done */
+    CL_NO_MEMORY,  /* allocation failed */
+    CL_SYSTEM,     /* a system call failed; the text names it */
+    CL_MISMATCH,   /* ranks submitted different things under one key */
+    CL_PEER_LOST,  /* a rank died or cannot be reached */
+    CL_PEER_LEFT,  /* a rank shut down while it was still needed */
+    CL_SHUTDOWN,   /* this engine was shut down */
+    CL_FORKED,     /* called in a forked child, which holds no engine */
+    CL_STATUS_END
+} cl_status;
+
+typedef enum {
+    CL_UINT8 = 0, CL_INT8, CL_INT16, CL_INT32, CL_INT64,
+    CL_FLOAT16, CL_BFLOAT16, CL_FLOAT32, CL_FLOAT64, CL_BOOL,
+    CL_DTYPE_END
+} cl_dtype;
+
+/* Average is SUM with a postscale of 1/size. On CL_BOOL: SUM and MAX are "or", PRODUCT and MIN are "and". */
+typedef enum { CL_SUM = 0, CL_MIN, CL_MAX, CL_PRODUCT, CL_REDUCTION_END } cl_reduction;
+
+typedef enum {
+    CL_ALLREDUCE = 0, CL_BROADCAST, CL_ALLGATHER, CL_REDUCESCATTER, CL_ALLTOALL, CL_BARRIER,
+    CL_EXCHANGE,   /* control plane: every member's bytes, told to every member */
+    CL_KIND_END
+} cl_kind;
+
+typedef enum { CL_SEND = 0, CL_RECV, CL_RECV_REDUCE, CL_STEP_KIND_END } cl_step_kind;
+
+typedef struct cl_engine cl_engine;
+typedef struct cl_plan cl_plan;
+typedef struct cl_operation cl_operation;
+
+/* "operation failed: rank 2 was lost" and the like, without the text of one case. Never NULL. */
+const char *cl_status_text(int status);
+
+/* ---- plans -------------------------------------------------------------------------------------------------- */
+
+/* One step of one rank: `kind` of the chunks [first_chunk, end_chunk) with `peer` (a rank of the world). */
+typedef struct { int32_t kind; int32_t peer; int32_t first_chunk; int32_t end_chunk; } cl_step;
+
+/*
+ * Packs a plan; dependencies between its steps are inferred from the chunks that they read and write.
+ * The i-th send of rank a to rank b is the i-th receive of b from a. `inputs` chunks [0, inputs) are read from the
+ * input buffer (all-to-all), the rest lives in the output buffer; 0 for every in-place algorithm.
+ * Out: *plan, owned by the caller; it may be freed while operations still run on it (it is counted).
+ * Returns: CL_INVALID for an empty or backward chunk range, an unknown kind or a peer < 0.
+ */
+int cl_plan_new(const cl_step *steps, size_t nsteps, int32_t nchunks, int32_t inputs, cl_plan **plan);
+void cl_plan_free(cl_plan *plan);
+
+/* ---- kernels ------------------------------------------------------------------------------------------------ */
+
+/* acc[i] = acc[i] (reduction) in[i], with the best kernel of this processor. 16-bit floats are added in fp32, rounded once per call. */
+int cl_reduce(int32_t dtype, int32_t reduction, void *acc, const void *in, size_t count);
+/* out[i] = in[i] * factor; out may be in. Integers and fp64 multiply in fp64, other floats in fp32; integers round toward zero. */
+int cl_scale(int32_t dtype, void *out, const void *in, size_t count, double factor);
+/* The kernel sets compiled in, best first ("avx512", "avx2", "neon", "plain"); NULL past the end. */
+const char *cl_kernels_name(int index);
+/* 1 if this processor can run the set. */
+int cl_kernels_supported(int index);
+/* As cl_reduce and cl_scale, with one given set: for tests and benchmarks. CL_INVALID if it is not supported here. */
+int cl_reduce_with(int index, int32_t dtype, int32_t reduction, void *acc, const void *in, size_t count);
+int cl_scale_with(int index, int32_t dtype, void *out, const void *in, size_t count, double factor);
+size_t cl_dtype_nbytes(int32_t dtype);
+
+/* ---- engine ------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    uint64_t eager_nbytes;         /* operations up to this size send without waiting for a grant */
+    uint64_t eager_budget_nbytes;  /* eager bytes on the way to one peer, at most; beyond it they wait for grants */
+    uint64_t inflight_nbytes;      /* data posted to one peer's link and not yet sent, at most (one step may exceed it) */
+    uint32_t spin_us;              /* a waiting caller polls this long before it blocks */
+    uint32_t heartbeat_ms;         /* tcp: an idle link says that it lives, this often */
+    uint32_t lost_ms;              /* tcp: a link silent this long is lost */
+    uint32_t shm_ring_nbytes;      /* shm: bytes of one direction of one link; a power of two, at least 4096 */
+} cl_settings;
+
+/*
+ * An engine without links and without a thread. Returns CL_INVALID if rank is outside [0, size) or a setting is 0
+ * where it must not be (all but spin_us and eager_nbytes).
+ */
+int cl_engine_new(int32_t rank, int32_t size, const cl_settings *settings, cl_engine **engine);
+
+/*
+ * shm, two calls: (1) make this rank's memory, which holds its outgoing rings to all of `npeers` local peers, and hand
+ * out its memfd and its doorbell (eventfd), which the caller passes to every peer over a local socket, with its own slot:
+ * the peer's index in [0, npeers) inside this memory; (2) attach each peer. The memfd and the doorbell of (1) stay the
+ * engine's: pass them on, do not close them; the memfd is closed by cl_engine_start.
+ * cl_shm_attach takes ownership of `memfd`, `doorbell` and `pidfd` (pidfd of the peer, -1 if the kernel has none) in every case.
+ * `my_slot` is this rank's slot in the peer's memory, `peer_slot` the peer's slot in ours.
+ */
+int cl_shm_create(cl_engine *engine, int32_t npeers, int *memfd, int *doorbell);
+int cl_shm_attach(cl_engine *engine, int32_t peer, int memfd, int doorbell, int pidfd, int32_t my_slot, int32_t peer_slot);
+/* tcp: takes ownership of a connected socket, in every case. */
+int cl_tcp_attach(cl_engine *engine, int32_t peer, int socket);
+
+/* Starts the progress thread; from here on the engine lives by itself. All links must be attached. */
+int cl_engine_start(cl_engine *engine);
+/*
+ * Says goodbye to the peers (they are told which operations they need not wait for), fails what is in flight with
+ * CL_SHUTDOWN, flushes for at most `linger_ms`, stops the thread and closes all links. Idempotent.
+ */
+int cl_engine_shutdown(cl_engine *engine, int32_t linger_ms);
+/* Frees a shut-down engine. Operations that the caller still holds stay valid. */
+void cl_engine_free(cl_engine *engine);
+/* For a forked child: closes this process's copies of descriptors and touches nothing shared. The engine is dead there. */
+void cl_engine_forked(cl_engine *engine);
+/* The first failure that ended this engine (a lost peer), CL_OK while it is well. *text lives as long as the engine. */
+int cl_engine_health(cl_engine *engine, const char **text, int32_t *peer);
+
+typedef struct {
+    uint64_t operations, failed;         /* completed; of these with an error */
+    uint64_t sent_nbytes, received_nbytes;
+    uint64_t eager_kept, eager_starved;  /* eager messages that came early; that found no budget and fell back */
+    uint64_t grants, frames;             /* grant frames sent; all frames sent */
+} cl_stats;
+void cl_engine_stats(cl_engine *engine, cl_stats *stats);
+
+/* ---- operations --------------------------------------------------------------------------------------------- */
+
+/*
+ * What one rank asks for. Memory behind input, output and plan must live until the operation is done; the rest is copied.
+ *
+ * With `members` set (broadcast, all-gather, all-to-all, exchange), members first tell each other their `splits`
+ * (control plane, a tree through members[0]), which also checks metadata on every rank before a byte moves:
+ *   broadcast   no splits;
+ *   all-gather  splits[0] = my element count. The result is allocated by the engine: all parts in member order;
+ *   all-to-all  splits[j] = elements of `input` that go to member j, in order. Result: what I got, in member order;
+ *   exchange    input/count = my bytes (CL_UINT8). Result: all members' bytes, in member order. No plan.
+ * For all-gather and all-to-all, chunk j is member j's part (all-to-all: of the input; chunk n + j: of the result).
+ * Reduce-scatter: parts = offsets of nchunks + 1; the engine reduces in a copy of input, the result is chunk `my_part`.
+ */
+typedef struct {
+    uint64_t key;             /* equal on all ranks, unique in time */
+    const char *text;         /* "allreduce 'layer1.weight' float32 (3, 4) sum": for error messages, cut at 255 bytes */
+    int32_t kind, dtype, reduction, root;
+    int64_t priority;         /* 0 is needed first */
+    uint32_t shape_hash;      /* compared between ranks */
+    uint32_t settings_hash;   /* compared between ranks */
+    double prescale, postscale;
+    cl_plan *plan;
+    const void *input;        /* may be the output; NULL with NULL output: timing only, no payload (sim) */
+    void *output;
+    uint64_t count;           /* elements of input */
+    const uint64_t *parts;    /* element offsets of the plan's chunks, nchunks + 1 of them; NULL: equal parts */
+    int32_t my_part;          /* reduce-scatter, all-gather, all-to-all: my index among the members */
+    uint64_t segment_count;   /* elements per segment; 0: one segment */
+    int32_t gated;            /* 1: segments wait for cl_operation_ready */
+    int32_t lazy;             /* 1: the caller waits next and moves the data itself; do not wake the thread for it */
+    const int32_t *members;   /* see above; NULL: no exchange */
+    int32_t nmembers;
+    const uint64_t *splits;
+    int32_t nsplits;
+} cl_request;
+
+/*
+ * Posts an operation and returns at once, from any thread.
+ * Out: *operation, held by the caller until cl_operation_release.
+ * Returns CL_INVALID for a request that contradicts itself, CL_FORKED in a forked child. A dead engine is no error
+ * here: the operation is made, and has failed.
+ */
+int cl_submit(cl_engine *engine, const cl_request *request, cl_operation **operation);
+/* Opens the gates of segments [first, end) of a gated operation. */
+int cl_operation_ready(cl_operation *operation, uint32_t first, uint32_t end);
+/*
+ * Waits until the operation is done or `timeout_ms` has passed, and moves data meanwhile.
+ * Returns CL_AGAIN on time-out, else the operation's status. A timed-out operation goes on.
+ */
+int cl_operation_wait(cl_operation *operation, int32_t timeout_ms);
+/* 1 if the operation is done, well or not. */
+int cl_operation_done(cl_operation *operation);
+/* CL_AGAIN while it runs, else its status; *text (never NULL) lives as long as the operation; *peer: the rank to blame or -1. */
+int cl_operation_status(cl_operation *operation, const char **text, int32_t *peer);
+/* Result memory of a kind that allocates it, and each member's number of elements (bytes for exchange). Valid until release. */
+int cl_operation_result(cl_operation *operation, void **address, uint64_t *count, const uint64_t **member_counts);
+/* Seconds on the engine's clock: submitted, first step begun, done (negative: not yet). `segments`: how many are done. */
+void cl_operation_times(cl_operation *operation, double *submitted, double *started, double *done, uint32_t *segments);
+void cl_operation_release(cl_operation *operation);
+/* Seconds on the clock of cl_operation_times: CLOCK_MONOTONIC, or the simulated clock. */
+double cl_engine_now(cl_engine *engine);
+
+/* ---- simulation --------------------------------------------------------------------------------------------- */
+
+typedef struct cl_sim cl_sim;
+typedef struct {
+    double alpha_s;            /* latency from the end of sending to the start of receiving */
+    double beta_s_per_byte;    /* 1 / bandwidth; a rank sends one message at a time and receives one at a time */
+    double gamma_s_per_byte;   /* reduction, on the receiver */
+} cl_sim_link;
+typedef enum { CL_SIM_IDLE = 0, CL_SIM_TIMER, CL_SIM_DONE } cl_sim_event;
+
+/* `size` engines in one process under one virtual clock. hosts[r]: host of rank r; within a host `inside` holds, else `between`. */
+int cl_sim_new(int32_t size, const int32_t *hosts, const cl_sim_link *inside, const cl_sim_link *between,
+               const cl_settings *settings, cl_sim **sim);
+void cl_sim_free(cl_sim *sim);
+cl_engine *cl_sim_engine(cl_sim *sim, int32_t rank);
+double cl_sim_now(cl_sim *sim);
+/* A timer of rank `rank` that cl_sim_next reports at time `at_s` with `token`. */
+int cl_sim_timer(cl_sim *sim, int32_t rank, double at_s, uint64_t token);
+/*
+ * Runs until a timer fires or an operation completes. Out: the event's rank; token (timer) or operation key (done).
+ * CL_SIM_IDLE: nothing is left to happen; operations still unfinished are stuck for ever.
+ */
+int cl_sim_next(cl_sim *sim, int32_t *rank, uint64_t *token);
+/* From now on rank is dead: nothing leaves it, and its peers lose it after settings.lost_ms. */
+int cl_sim_kill(cl_sim *sim, int32_t rank);

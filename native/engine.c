@@ -1,0 +1,502 @@
+/*
+ * engine.c: the engine itself: takes in submissions, feeds each link the most urgent granted bytes, and ends in order.
+ *
+ * For every peer the engine's own frames (grants, failures) go first, then data from the ready heap while less than
+ * settings.inflight_nbytes is posted: what is urgent never waits behind more than that.
+ */
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "engine.h"
+
+static double monotonic_s(void *argument)
+{
+    (void)argument;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+static bool settings_are_sound(const cl_settings *s)
+{
+    bool power_of_two = (s->shm_ring_nbytes & (s->shm_ring_nbytes - 1)) == 0;
+    return s->eager_budget_nbytes > 0 && s->inflight_nbytes > 0 && s->heartbeat_ms > 0 && s->lost_ms > 0 &&
+           s->shm_ring_nbytes >= 4096 && power_of_two;
+}
+
+int cl_engine_new(int32_t rank, int32_t size, const cl_settings *settings, cl_engine **out)
+{
+    if (size < 1 || rank < 0 || rank >= size || !settings_are_sound(settings))
+        return CL_INVALID;
+    cl_engine *engine = calloc(1, sizeof(cl_engine));
+    if (engine == NULL)
+        return CL_NO_MEMORY;
+    engine->rank = rank;
+    engine->size = size;
+    engine->settings = *settings;
+    engine->clock = monotonic_s;
+    engine->kernels = cl_kernels_best();
+    engine->blamed = -1;
+    engine->peers = calloc((size_t)size, sizeof(cl_peer));
+    engine->dirty = calloc((size_t)size, sizeof(int32_t));
+    if (engine->peers == NULL || engine->dirty == NULL) {
+        cl_engine_free(engine);
+        return CL_NO_MEMORY;
+    }
+    *out = engine;
+    return CL_OK;
+}
+
+void cl_engine_attach(cl_engine *engine, int32_t peer, cl_link *link)
+{
+    link->sink = &cl_engine_sink;
+    link->owner = engine;
+    link->peer = peer;
+    engine->peers[peer].link = link;
+}
+
+double cl_engine_now(cl_engine *engine)
+{
+    return engine->clock(engine->clock_argument);
+}
+
+cl_operation *cl_engine_find(cl_engine *engine, uint64_t key)
+{
+    return cl_table_get(&engine->operations, key);
+}
+
+/* Remembers the last keys that failed, so that what still comes for them is dropped and not kept for ever. */
+void cl_engine_failed_key(cl_engine *engine, uint64_t key)
+{
+    uint64_t *slot = &engine->failed_keys[engine->nfailed % CL_FAILED_KEYS];
+    if (cl_table_get(&engine->failed, key) != NULL)
+        return;
+    if (engine->nfailed++ >= CL_FAILED_KEYS)
+        cl_table_take(&engine->failed, *slot);
+    *slot = key;
+    /* Without memory for it, late frames of this key are kept: a small leak, no wrong result. */
+    (void)cl_table_put(&engine->failed, key, slot);
+}
+
+/* ---- frames of our own --------------------------------------------------------------------------------------- */
+
+void cl_outgoing_push(cl_outgoing_queue *queue, cl_outgoing *outgoing)
+{
+    outgoing->next = NULL;
+    if (queue->last != NULL)
+        queue->last->next = outgoing;
+    else
+        queue->first = outgoing;
+    queue->last = outgoing;
+}
+
+void cl_outgoing_remove(cl_outgoing_queue *queue, const cl_outgoing *outgoing)
+{
+    cl_outgoing *before = NULL;
+    cl_outgoing *at = queue->first;
+    while (at != NULL && at != outgoing) {
+        before = at;
+        at = at->next;
+    }
+    if (at == NULL)
+        return;
+    if (before == NULL)
+        queue->first = at->next;
+    else
+        before->next = at->next;
+    if (queue->last == at)
+        queue->last = before;
+}
+
+cl_outgoing *cl_outgoing_pop(cl_outgoing_queue *queue)
+{
+    cl_outgoing *outgoing = queue->first;
+    if (outgoing != NULL && (queue->first = outgoing->next) == NULL)
+        queue->last = NULL;
+    return outgoing;
+}
+
+void cl_outgoing_free(cl_outgoing *outgoing)
+{
+    if (outgoing != NULL)
+        free(outgoing->payload);
+    free(outgoing);
+}
+
+void cl_engine_touch(cl_engine *engine, int32_t peer)
+{
+    if (engine->peers[peer].dirty)
+        return;
+    engine->peers[peer].dirty = true;
+    engine->dirty[engine->ndirty++] = peer;
+}
+
+/* A grant that has not left yet is brought up to date instead of followed by another. */
+static bool merge_grant(cl_peer *peer, const cl_frame *frame)
+{
+    cl_outgoing *last = peer->told.last;
+    if (last == NULL || frame->type != CL_FRAME_GRANT || last->frame.type != CL_FRAME_GRANT ||
+        last->frame.key != frame->key || last->frame.segment != frame->segment)
+        return false;
+    last->frame.arg = frame->arg;
+    return true;
+}
+
+void cl_engine_tell(cl_engine *engine, int32_t rank, const cl_frame *frame, const void *payload)
+{
+    cl_peer *peer = &engine->peers[rank];
+    if (peer->link == NULL || merge_grant(peer, frame))
+        return;
+    cl_outgoing *outgoing = calloc(1, sizeof(cl_outgoing));
+    if (outgoing != NULL && frame->nbytes > 0) {
+        outgoing->payload = malloc(frame->nbytes);
+        if (outgoing->payload == NULL) {
+            free(outgoing);
+            outgoing = NULL;
+        } else {
+            memcpy(outgoing->payload, payload, frame->nbytes);
+        }
+    }
+    if (outgoing == NULL) {
+        if (engine->health == CL_OK)
+            cl_engine_lost(engine, engine->rank, "out of memory for an outgoing message", false);
+        return;
+    }
+    outgoing->frame = *frame;
+    outgoing->frame.token = (uint64_t)(uintptr_t)outgoing;
+    engine->stats.grants += frame->type == CL_FRAME_GRANT;
+    cl_outgoing_push(&peer->told, outgoing);
+    cl_engine_touch(engine, rank);
+}
+
+void cl_engine_tell_all(cl_engine *engine, const cl_frame *frame, const void *payload)
+{
+    for (int32_t r = 0; r < engine->size; r++)
+        if (r != engine->rank && !engine->peers[r].left && !engine->peers[r].lost)
+            cl_engine_tell(engine, r, frame, payload);
+}
+
+/* ---- feeding links ------------------------------------------------------------------------------------------- */
+
+static bool pump_told(cl_engine *engine, cl_peer *peer)
+{
+    while (peer->told.first != NULL) {
+        cl_outgoing *outgoing = peer->told.first;
+        bool carries = outgoing->frame.nbytes > 0;
+        cl_outgoing_pop(&peer->told);
+        if (carries) /* before send: it may call sent at once */
+            cl_outgoing_push(&peer->leaving, outgoing);
+        if (peer->link->transport->send(peer->link, &outgoing->frame, outgoing->payload) != CL_OK) {
+            if (carries)
+                cl_outgoing_remove(&peer->leaving, outgoing);
+            outgoing->next = peer->told.first;
+            peer->told.first = outgoing;
+            if (peer->told.last == NULL)
+                peer->told.last = outgoing;
+            return false;
+        }
+        engine->stats.frames++;
+        if (!carries)
+            cl_outgoing_free(outgoing);
+    }
+    return true;
+}
+
+static void return_credit(cl_engine *engine, int32_t rank)
+{
+    cl_peer *peer = &engine->peers[rank];
+    /* A quarter of the budget at a time: often enough to keep the sender going, seldom enough to cost nothing. */
+    if (peer->eager_returnable == 0 || peer->eager_returnable < engine->settings.eager_budget_nbytes / 4)
+        return;
+    cl_frame frame = {.type = CL_FRAME_CREDIT, .arg = peer->eager_returnable};
+    peer->eager_returnable = 0;
+    cl_engine_tell(engine, rank, &frame, NULL);
+}
+
+static void pump_ready(cl_engine *engine, cl_peer *peer)
+{
+    while (peer->ready.count > 0) {
+        cl_ready top = peer->ready.entries[0];
+        cl_frame frame;
+        const void *payload = cl_operation_frame(top.operation, top.segment, top.step, &frame);
+        if (peer->posted_nbytes > 0 && peer->posted_nbytes + frame.nbytes > engine->settings.inflight_nbytes)
+            return;
+        cl_heap_pop(&peer->ready);
+        uint64_t *posted = &top.operation->posted[top.operation->plan->peer_of[top.step]];
+        peer->posted_nbytes += frame.nbytes;
+        *posted += frame.nbytes;
+        if (peer->link->transport->send(peer->link, &frame, payload) != CL_OK) {
+            peer->posted_nbytes -= frame.nbytes;
+            *posted -= frame.nbytes;
+            (void)cl_heap_push(&peer->ready, top); /* its place is still there */
+            return;
+        }
+        engine->stats.frames++;
+        engine->stats.sent_nbytes += frame.nbytes;
+    }
+}
+
+static void pump(cl_engine *engine, int32_t rank)
+{
+    cl_peer *peer = &engine->peers[rank];
+    if (peer->link == NULL || peer->lost)
+        return;
+    return_credit(engine, rank);
+    if (pump_told(engine, peer) && engine->health == CL_OK)
+        pump_ready(engine, peer);
+}
+
+/* ---- taking in ----------------------------------------------------------------------------------------------- */
+
+static void link_operation(cl_engine *engine, cl_operation *operation)
+{
+    operation->previous = NULL;
+    operation->next = engine->first;
+    if (engine->first != NULL)
+        engine->first->previous = operation;
+    engine->first = operation;
+}
+
+static void unlink_operation(cl_engine *engine, cl_operation *operation)
+{
+    if (engine->first != operation && operation->previous == NULL)
+        return; /* it failed before it was listed */
+    if (operation->previous != NULL)
+        operation->previous->next = operation->next;
+    else
+        engine->first = operation->next;
+    if (operation->next != NULL)
+        operation->next->previous = operation->previous;
+}
+
+void cl_operation_complete(cl_operation *operation, int status)
+{
+    cl_engine *engine = operation->engine;
+    operation->status = status;
+    operation->done_s = cl_engine_now(engine);
+    unlink_operation(engine, operation);
+    if (cl_engine_find(engine, operation->request.key) == operation)
+        cl_table_take(&engine->operations, operation->request.key);
+    engine->stats.operations++;
+    engine->stats.failed += status != CL_OK;
+    if (engine->on_done != NULL)
+        engine->on_done(engine, operation);
+    cl_runtime_completed(operation);
+    cl_operation_release(operation);
+}
+
+static void fail_if_somebody_left(cl_engine *engine, cl_operation *operation)
+{
+    for (int32_t r = 0; r < engine->size; r++) {
+        if (atomic_load_explicit(&operation->done, memory_order_relaxed))
+            return;
+        if (!engine->peers[r].left || !cl_operation_awaits(operation, r))
+            continue;
+        char text[64];
+        snprintf(text, sizeof text, "rank %d has shut down and will not take part", r);
+        cl_control_fail_everywhere(operation, CL_PEER_LEFT, r, text);
+    }
+}
+
+static void begin(cl_engine *engine, cl_operation *operation)
+{
+    bool exchanges = operation->request.members != NULL;
+    int status = exchanges ? cl_exchange_start(operation) : cl_operation_start(operation);
+    if (status != CL_OK)
+        cl_control_fail_everywhere(operation, status, engine->rank, "out of memory");
+    else if (!atomic_load_explicit(&operation->done, memory_order_relaxed))
+        cl_engine_replay(engine, operation);
+}
+
+void cl_engine_post(cl_engine *engine, cl_operation *operation)
+{
+    operation->sequence = engine->sequence++;
+    if (engine->leaving || engine->health != CL_OK) {
+        cl_operation_fail(operation, engine->leaving ? CL_SHUTDOWN : engine->health, engine->blamed,
+                          engine->leaving ? "this communicator was shut down" : engine->health_text);
+        return;
+    }
+    link_operation(engine, operation);
+    if (cl_table_put(&engine->operations, operation->request.key, operation) != CL_OK) {
+        cl_control_fail_everywhere(operation, CL_NO_MEMORY, engine->rank, "out of memory for the table of operations");
+        return;
+    }
+    cl_operation_hold(operation);
+    begin(engine, operation);
+    if (!atomic_load_explicit(&operation->done, memory_order_relaxed))
+        fail_if_somebody_left(engine, operation);
+    cl_operation_release(operation);
+}
+
+/* Both inboxes are stacks: whole lists are taken at once and turned round, so that order is kept. */
+static cl_operation *take_inbox(cl_engine *engine)
+{
+    cl_operation *newest = atomic_exchange_explicit(&engine->inbox, NULL, memory_order_acquire), *oldest = NULL;
+    while (newest != NULL) {
+        cl_operation *next = newest->inbox_next;
+        newest->inbox_next = oldest;
+        oldest = newest;
+        newest = next;
+    }
+    return oldest;
+}
+
+static void take_gates(cl_engine *engine)
+{
+    cl_operation *operation = atomic_exchange_explicit(&engine->gate_inbox, NULL, memory_order_acquire);
+    while (operation != NULL) {
+        cl_operation *next = operation->gate_next;
+        atomic_store_explicit(&operation->gate_queued, 0, memory_order_release);
+        if (!atomic_load_explicit(&operation->done, memory_order_relaxed))
+            cl_operation_open_gates(operation);
+        cl_operation_release(operation);
+        operation = next;
+    }
+}
+
+bool cl_engine_has_submissions(cl_engine *engine)
+{
+    return atomic_load(&engine->inbox) != NULL || atomic_load(&engine->gate_inbox) != NULL;
+}
+
+void cl_engine_flush(cl_engine *engine)
+{
+    for (cl_operation *operation = take_inbox(engine), *next; operation != NULL; operation = next) {
+        next = operation->inbox_next;
+        cl_engine_post(engine, operation);
+    }
+    take_gates(engine);
+    while (engine->ndirty > 0) { /* pumping may touch peers again: sent() within send() */
+        int32_t rank = engine->dirty[--engine->ndirty];
+        engine->peers[rank].dirty = false;
+        pump(engine, rank);
+    }
+}
+
+int cl_engine_progress(cl_engine *engine)
+{
+    int events = 0;
+    for (int32_t r = 0; r < engine->size; r++) {
+        cl_peer *peer = &engine->peers[r];
+        if (peer->link == NULL || peer->lost)
+            continue;
+        int moved = peer->link->transport->progress(peer->link);
+        events += moved;
+        if (peer->told.first != NULL || peer->ready.count > 0)
+            cl_engine_touch(engine, r); /* what was refused is offered again */
+    }
+    events += cl_engine_has_submissions(engine);
+    cl_engine_flush(engine);
+    return events;
+}
+
+void cl_engine_tick(cl_engine *engine)
+{
+    double now_s = cl_engine_now(engine);
+    for (int32_t r = 0; r < engine->size; r++) {
+        cl_link *link = engine->peers[r].link;
+        if (link != NULL && !engine->peers[r].lost && link->transport->tick != NULL)
+            link->transport->tick(link, now_s);
+    }
+}
+
+/* ---- the end ------------------------------------------------------------------------------------------------- */
+
+void cl_engine_lost(cl_engine *engine, int32_t rank, const char *reason, bool tell)
+{
+    bool is_peer = rank >= 0 && rank < engine->size && rank != engine->rank;
+    if (is_peer && engine->peers[rank].lost)
+        return;
+    if (is_peer)
+        engine->peers[rank].lost = true;
+    if ((is_peer && engine->peers[rank].left) || engine->health != CL_OK || engine->leaving)
+        return; /* it had said goodbye; or the first loss is the one that is told */
+    engine->health = CL_PEER_LOST;
+    engine->blamed = rank;
+    snprintf(engine->health_text, sizeof engine->health_text, "rank %d was lost: %s", rank, reason);
+    if (tell) {
+        cl_frame frame = {.type = CL_FRAME_LOST, .arg = (uint64_t)rank, .nbytes = (uint32_t)strlen(reason)};
+        cl_engine_tell_all(engine, &frame, reason);
+    }
+    while (engine->first != NULL)
+        cl_operation_fail(engine->first, CL_PEER_LOST, rank, engine->health_text);
+}
+
+void cl_engine_leave(cl_engine *engine)
+{
+    if (engine->leaving)
+        return;
+    cl_engine_flush(engine);
+    engine->leaving = true;
+    char text[64];
+    snprintf(text, sizeof text, "rank %d has shut down", engine->rank);
+    while (engine->first != NULL) {
+        cl_operation *operation = engine->first;
+        cl_frame frame = {.key = operation->request.key, .type = CL_FRAME_FAIL, .arg = CL_PEER_LEFT,
+                          .step = (uint32_t)engine->rank, .nbytes = (uint32_t)strlen(text)};
+        cl_engine_tell_all(engine, &frame, text);
+        cl_operation_fail(operation, CL_SHUTDOWN, engine->rank, "this communicator was shut down while it was in flight");
+    }
+    cl_frame bye = {.type = CL_FRAME_BYE};
+    cl_engine_tell_all(engine, &bye, NULL);
+    cl_engine_flush(engine);
+}
+
+size_t cl_engine_pending(cl_engine *engine)
+{
+    size_t pending = 0;
+    for (int32_t r = 0; r < engine->size; r++) {
+        const cl_peer *peer = &engine->peers[r];
+        if (peer->link != NULL && !peer->lost)
+            pending += peer->link->transport->pending(peer->link) + (peer->told.first != NULL);
+    }
+    return pending;
+}
+
+static void free_queue(cl_outgoing_queue *queue)
+{
+    for (cl_outgoing *outgoing; (outgoing = cl_outgoing_pop(queue)) != NULL;)
+        cl_outgoing_free(outgoing);
+}
+
+void cl_engine_close_links(cl_engine *engine)
+{
+    for (int32_t r = 0; engine->peers != NULL && r < engine->size; r++) {
+        cl_peer *peer = &engine->peers[r];
+        if (peer->link != NULL)
+            peer->link->transport->close(peer->link);
+        peer->link = NULL;
+        free_queue(&peer->told);
+        free_queue(&peer->leaving);
+        cl_heap_free(&peer->ready);
+        if (peer->keeping != NULL)
+            cl_kept_free(peer->keeping);
+        peer->keeping = NULL;
+    }
+}
+
+static void free_early(cl_engine *engine)
+{
+    for (size_t slot = 0; slot < engine->early.capacity; slot++)
+        for (cl_kept *kept = engine->early.values[slot], *next; kept != NULL; kept = next) {
+            next = kept->next;
+            cl_kept_free(kept);
+        }
+}
+
+void cl_engine_free(cl_engine *engine)
+{
+    if (engine == NULL)
+        return;
+    (void)cl_engine_shutdown(engine, 0);
+    cl_runtime_free(engine);
+    cl_shm_free(engine);
+    free_early(engine);
+    cl_table_free(&engine->early);
+    cl_table_free(&engine->failed);
+    cl_table_free(&engine->operations);
+    free(engine->dirty);
+    free(engine->peers);
+    free(engine);
+}

@@ -1,0 +1,289 @@
+/*
+ * engine.h: the engine's own structures, shared by its files and by nobody else. Transports see transport.h only.
+ *
+ * The engine is a state machine: no thread, no clock, no I/O of its own. Everything below is touched by the one owner
+ * of the engine at a time, except what is marked atomic.
+ */
+#ifndef CL_ENGINE_H
+#define CL_ENGINE_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "commlib.h"
+#include "heap.h"
+#include "reduce.h"
+#include "table.h"
+#include "transport.h"
+
+#define CL_TRY(call)                   \
+    do {                               \
+        int cl_try_status = (call);    \
+        if (cl_try_status != CL_OK)    \
+            return cl_try_status;      \
+    } while (0)
+
+enum { CL_TEXT_NBYTES = 256, CL_ERROR_NBYTES = 768 };
+
+typedef enum {
+    CL_FRAME_POST = 1,      /* metadata; arg steps of each of the segments [0, segment) are granted */
+    CL_FRAME_GRANT,         /* arg steps of `segment` are granted in all */
+    CL_FRAME_DATA,          /* payload of the step-th send of `segment` to this peer */
+    CL_FRAME_CREDIT,        /* arg bytes of eager budget come back */
+    CL_FRAME_EXCHANGE_UP,   /* entries of a subtree */
+    CL_FRAME_EXCHANGE_DOWN, /* all entries */
+    CL_FRAME_MISMATCH,      /* payload: what the sender submitted under this key */
+    CL_FRAME_FAIL,          /* arg: status; step: rank to blame; payload: text */
+    CL_FRAME_LOST,          /* arg: the lost rank; payload: text */
+    CL_FRAME_BYE            /* the sender shuts down; nothing follows */
+} cl_frame_type;
+
+enum { CL_FLAG_EAGER = 1, CL_FLAG_WANT = 2 };
+
+/* ---- plan: packed steps of one rank, and what follows from them -------------------------------------------- */
+
+typedef struct {
+    int32_t rank;
+    uint32_t nsends, nrecvs;
+    uint32_t *sends, *recvs; /* indices of steps */
+    uint32_t initial_grant;  /* leading receives that depend on nothing */
+    bool sends_first;        /* the first step with this peer is a send: metadata may travel with it */
+} cl_plan_peer;
+
+struct cl_plan {
+    atomic_int references;
+    int32_t nchunks, inputs;
+    bool single_chunks; /* every step moves one chunk: chunks may be cut into segments each for itself */
+    uint32_t nsteps, npeers;
+    cl_step *steps;
+    uint32_t *peer_of;   /* step -> index into peers */
+    uint32_t *pair_index; /* step -> its number among the sends to (receives from) that peer */
+    uint32_t *needs;     /* step -> number of steps it depends on */
+    uint32_t *dependents_end; /* dependents of step i: dependents[dependents_end[i - 1] .. dependents_end[i]) */
+    uint32_t *dependents;
+    cl_plan_peer *peers;
+};
+
+/* ---- operation --------------------------------------------------------------------------------------------- */
+
+typedef enum {
+    CL_STEP_WAITING = 0,  /* for steps that it depends on */
+    CL_STEP_OPEN,         /* may go; a send still needs a grant */
+    CL_STEP_POSTED,       /* a send in the ready heap or on its link */
+    CL_STEP_POSTED_EAGER, /* ditto, on the eager budget and without a grant */
+    CL_STEP_DONE
+} cl_step_state;
+
+typedef struct {
+    bool active;          /* its gate is open */
+    uint32_t remaining;   /* steps not done */
+    uint32_t *waiting;    /* per step: unmet dependencies; NULL before the start and after the end */
+    uint8_t *state;       /* per step: cl_step_state */
+    uint32_t *granted_out; /* per plan peer: sends that the peer can take */
+    uint32_t *granted_in; /* per plan peer: receives that we have granted, or could */
+} cl_segment;
+
+/* A frame that came before it could be used. */
+typedef struct cl_kept {
+    struct cl_kept *next;
+    int32_t peer;
+    cl_frame frame;
+    uint8_t *data; /* frame.nbytes, owned; NULL if none */
+} cl_kept;
+
+typedef struct {
+    uint8_t *data; /* owned */
+    uint32_t nbytes;
+} cl_entry;
+
+typedef struct {
+    int32_t my_index;
+    uint32_t awaited;   /* children whose entries have not come */
+    bool came[8];       /* per child; 8 is the tree's fan-out */
+    cl_entry up;        /* entries of my subtree, as they travel (not at the root) */
+    cl_entry *entries;  /* per member */
+    uint32_t nentries;
+    bool finished;
+} cl_exchange;
+
+struct cl_operation {
+    atomic_int references;
+    atomic_int done;             /* futex: 0 running, 1 done; what is written before is readable after */
+    atomic_int waiters;          /* callers that sleep on it */
+    struct cl_operation *inbox_next;
+    struct cl_operation *gate_next;
+    atomic_int gate_queued;
+    atomic_uchar *gates;         /* per segment, set by any thread */
+    cl_engine *engine;
+    struct cl_operation *previous, *next; /* the engine's list of posted operations */
+    cl_request request;          /* text, plan, splits, parts, members point to our copies */
+    cl_meta meta;
+    char text[CL_TEXT_NBYTES];
+    uint64_t sequence;
+    bool started, eager;
+    cl_plan *plan;
+    uint64_t *chunk_first, *chunk_end; /* elements, per chunk, of uneven operations; NULL: equal parts */
+    uint8_t *input, *output;     /* bases of input and output chunks; both NULL: timing only */
+    uint8_t *memory;             /* the result, if the engine allocated it */
+    void *result;
+    uint64_t result_count;
+    uint64_t *member_counts;
+    uint32_t nsegments, segments_done;
+    cl_segment *segments;
+    uint8_t *verified, *wants, *starved; /* per plan peer */
+    uint64_t *posted;            /* per plan peer: bytes accepted by the link and not yet sent */
+    uint32_t unverified;
+    cl_kept *kept;
+    cl_exchange *exchange;
+    double submitted_s, started_s, done_s;
+    int status, blamed;
+    char error[CL_ERROR_NBYTES];
+};
+
+/* ---- peers and engine -------------------------------------------------------------------------------------- */
+
+typedef struct cl_outgoing {
+    struct cl_outgoing *next;
+    cl_frame frame;
+    uint8_t *payload; /* owned */
+} cl_outgoing;
+
+typedef struct {
+    cl_outgoing *first, *last;
+} cl_outgoing_queue;
+
+typedef enum { CL_INCOMING_DISCARD = 0, CL_INCOMING_APPLY, CL_INCOMING_KEEP } cl_incoming_mode;
+
+typedef struct {
+    cl_link *link; /* NULL: none, or closed */
+    bool left, lost;
+    bool dirty;           /* in the engine's list of peers to pump */
+    cl_heap ready;        /* granted sends */
+    cl_outgoing_queue told; /* frames of the engine itself, before any data */
+    cl_outgoing_queue leaving; /* of these, the ones whose payload the link is reading */
+    uint64_t posted_nbytes;    /* data accepted by the link and not yet sent */
+    uint64_t eager_used;       /* eager bytes on their way */
+    uint64_t eager_returnable; /* eager bytes consumed here and not yet given back */
+    cl_incoming_mode mode;     /* of the frame now coming in */
+    cl_operation *operation;
+    uint32_t segment, step;
+    uint8_t *place;       /* where its payload goes, or is added */
+    cl_kept *keeping;
+} cl_peer;
+
+enum { CL_FAILED_KEYS = 1024 };
+
+struct cl_engine {
+    int32_t rank, size;
+    cl_settings settings;
+    double (*clock)(void *argument);
+    void *clock_argument;
+    const cl_kernels *kernels;
+    _Atomic(cl_operation *) inbox; /* submitted, newest first */
+    _Atomic(cl_operation *) gate_inbox;
+    cl_table operations; /* key -> cl_operation, posted */
+    cl_table early;      /* key -> cl_kept list, not posted */
+    cl_table failed;     /* keys that failed lately: what still comes for them is dropped */
+    uint64_t failed_keys[CL_FAILED_KEYS];
+    uint32_t nfailed;
+    cl_operation *first;
+    uint64_t sequence;
+    atomic_uint unfinished; /* submitted and not done */
+    cl_peer *peers;
+    int32_t *dirty, ndirty;
+    int health, blamed;
+    bool leaving;
+    char health_text[CL_ERROR_NBYTES];
+    cl_stats stats;
+    /* Told of each completion; the simulator's hook, else NULL. */
+    void (*on_done)(cl_engine *engine, cl_operation *operation);
+    /* Called after a submission, from any thread: the thread's doorbell, or the simulator's list of who has work. */
+    void (*wake)(cl_engine *engine);
+    void *driver; /* the simulator */
+    struct cl_runtime *runtime; /* thread.c; NULL: driven by hand */
+    struct cl_shm *shm;         /* shm.c: this rank's rings */
+    atomic_int forked;
+    atomic_int ended; /* shut down: links are closed, nothing moves any more */
+};
+
+/* plan.c */
+void cl_plan_hold(cl_plan *plan);
+
+/* engine.c */
+void cl_engine_attach(cl_engine *engine, int32_t peer, cl_link *link);
+/* Takes in submissions and opened gates, and posts what may be sent. No I/O but through link->send. */
+void cl_engine_flush(cl_engine *engine);
+/* One round over all links, then a flush. Returns the number of events. */
+int cl_engine_progress(cl_engine *engine);
+void cl_engine_tick(cl_engine *engine);
+bool cl_engine_has_submissions(cl_engine *engine);
+/* Queues a frame of the engine's own; `payload` is copied. */
+void cl_engine_tell(cl_engine *engine, int32_t peer, const cl_frame *frame, const void *payload);
+void cl_engine_tell_all(cl_engine *engine, const cl_frame *frame, const void *payload);
+void cl_engine_touch(cl_engine *engine, int32_t peer);
+void cl_engine_lost(cl_engine *engine, int32_t rank, const char *reason, bool tell);
+void cl_engine_leave(cl_engine *engine);
+size_t cl_engine_pending(cl_engine *engine);
+void cl_engine_close_links(cl_engine *engine);
+void cl_engine_post(cl_engine *engine, cl_operation *operation);
+void cl_engine_failed_key(cl_engine *engine, uint64_t key);
+cl_operation *cl_engine_find(cl_engine *engine, uint64_t key);
+
+/* request.c: an operation's memory, from request to release */
+int cl_operation_new(cl_engine *engine, const cl_request *request, cl_operation **operation);
+void cl_operation_hold(cl_operation *operation);
+int cl_operation_layout(cl_operation *operation);
+void cl_chunks_of(const cl_operation *operation, uint32_t segment, const cl_step *step, uint64_t *first, uint64_t *count);
+
+/* operation.c: the data path */
+int cl_operation_start(cl_operation *operation);
+void cl_operation_open_gates(cl_operation *operation);
+void cl_operation_on_post(cl_operation *operation, int32_t peer, const cl_frame *frame);
+void cl_operation_on_grant(cl_operation *operation, int32_t peer, const cl_frame *frame);
+/* The step that a data frame feeds if it can be taken right now, else CL_AGAIN. */
+int cl_operation_accepts(cl_operation *operation, int32_t peer, const cl_frame *frame, uint32_t *step);
+uint8_t *cl_operation_place(const cl_operation *operation, uint32_t segment, uint32_t step);
+void cl_operation_apply(cl_operation *operation, uint32_t step, uint8_t *place, size_t offset, const void *data, size_t nbytes);
+void cl_operation_step_done(cl_operation *operation, uint32_t segment, uint32_t step);
+void cl_operation_keep(cl_operation *operation, cl_kept *kept);
+/* The frame of a send that was taken from the ready heap, and where its payload lies. */
+const void *cl_operation_frame(cl_operation *operation, uint32_t segment, uint32_t step, cl_frame *frame);
+void cl_operation_fail(cl_operation *operation, int status, int32_t blamed, const char *text);
+bool cl_operation_awaits(const cl_operation *operation, int32_t peer);
+void cl_operation_complete(cl_operation *operation, int status);
+
+/* control.c: the control plane's links */
+int cl_exchange_start(cl_operation *operation);
+void cl_exchange_on_up(cl_operation *operation, int32_t peer, const uint8_t *data, size_t nbytes);
+void cl_exchange_on_down(cl_operation *operation, const uint8_t *data, size_t nbytes);
+bool cl_exchange_awaits(const cl_operation *operation, int32_t peer);
+void cl_exchange_free(cl_operation *operation);
+void cl_control_mismatch(cl_operation *operation, int32_t peer);
+void cl_control_on_mismatch(cl_operation *operation, int32_t peer, const char *text);
+void cl_control_fail_everywhere(cl_operation *operation, int status, int32_t blamed, const char *text);
+
+/* frames.c: what came in */
+extern const cl_sink cl_engine_sink;
+void cl_engine_replay(cl_engine *engine, cl_operation *operation);
+void cl_kept_free(cl_kept *kept);
+void cl_incoming_drop(cl_engine *engine, const cl_operation *operation);
+void cl_outgoing_push(cl_outgoing_queue *queue, cl_outgoing *outgoing);
+cl_outgoing *cl_outgoing_pop(cl_outgoing_queue *queue);
+void cl_outgoing_remove(cl_outgoing_queue *queue, const cl_outgoing *outgoing);
+void cl_outgoing_free(cl_outgoing *outgoing);
+
+/* thread.c */
+void cl_runtime_completed(cl_operation *operation);
+void cl_runtime_free(cl_engine *engine);
+
+/* shm.c */
+void cl_shm_free(cl_engine *engine);
+/* This rank's "ring my doorbell" flag, which its peers see, and its doorbell; false: there is no shared memory. */
+bool cl_shm_doorbell(cl_engine *engine, atomic_int **sleeping, int *doorbell);
+/* The pidfd of a link's peer, or -1. */
+int cl_shm_pidfd(const cl_link *link);
+void cl_shm_close_memfd(cl_engine *engine);
+/* Wakes whoever sleeps behind a flag, once per sleep. */
+void cl_ring(atomic_int *sleeping, int doorbell);
+
+#endif

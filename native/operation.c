@@ -1,0 +1,478 @@
+/*
+ * operation.c: the data path of one operation: which steps may go, and what a finished step sets free.
+ *
+ * It knows plans, segments and grants. It does not know links: sends that may go are pushed on the peer's ready heap,
+ * frames of the engine's own are told to the engine, and what arrives is handed in by frames.c.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine.h"
+
+static cl_plan_peer *plan_peer(const cl_operation *operation, uint32_t p)
+{
+    return &operation->plan->peers[p];
+}
+
+static int find_peer(const cl_operation *operation, int32_t rank, uint32_t *index)
+{
+    if (operation->plan == NULL)
+        return CL_INVALID;
+    for (uint32_t p = 0; p < operation->plan->npeers; p++)
+        if (operation->plan->peers[p].rank == rank) {
+            *index = p;
+            return CL_OK;
+        }
+    return CL_INVALID;
+}
+
+static uint64_t step_count(const cl_operation *operation, uint32_t segment, uint32_t step)
+{
+    uint64_t first, count;
+    cl_chunks_of(operation, segment, &operation->plan->steps[step], &first, &count);
+    return count;
+}
+
+static uint32_t step_nbytes(const cl_operation *operation, uint32_t segment, uint32_t step)
+{
+    return (uint32_t)(step_count(operation, segment, step) * cl_dtype_nbytes(operation->request.dtype));
+}
+
+uint8_t *cl_operation_place(const cl_operation *operation, uint32_t segment, uint32_t step)
+{
+    const cl_step *s = &operation->plan->steps[step];
+    uint8_t *base = s->end_chunk <= operation->plan->inputs ? operation->input : operation->output;
+    if (base == NULL)
+        return NULL;
+    uint64_t first, count;
+    cl_chunks_of(operation, segment, s, &first, &count);
+    return base + first * cl_dtype_nbytes(operation->request.dtype);
+}
+
+static cl_frame frame_of(const cl_operation *operation, uint8_t type, uint32_t segment)
+{
+    return (cl_frame){.key = operation->request.key, .type = type, .segment = segment, .meta = operation->meta};
+}
+
+/* ---- steps --------------------------------------------------------------------------------------------------- */
+
+static void step_done(cl_operation *operation, uint32_t s, uint32_t step);
+
+static void push_ready(cl_operation *operation, uint32_t s, uint32_t step, cl_step_state how)
+{
+    cl_engine *engine = operation->engine;
+    if (atomic_load_explicit(&operation->done, memory_order_relaxed))
+        return; /* it failed further up this cascade */
+    int32_t rank = operation->plan->steps[step].peer;
+    cl_ready entry = {operation->request.priority, operation->sequence, s, step, operation};
+    if (cl_heap_push(&engine->peers[rank].ready, entry) != CL_OK) {
+        cl_operation_fail(operation, CL_NO_MEMORY, engine->rank, "out of memory for the queue of sends");
+        return;
+    }
+    operation->segments[s].state[step] = (uint8_t)how;
+    cl_engine_touch(engine, rank);
+}
+
+/* Takes from the eager budget; without budget this operation falls back to grants with this peer, and says so once. */
+static bool take_eager_budget(cl_operation *operation, uint32_t p, uint32_t nbytes)
+{
+    cl_engine *engine = operation->engine;
+    cl_peer *peer = &engine->peers[plan_peer(operation, p)->rank];
+    if (!operation->eager || operation->starved[p])
+        return false;
+    if (peer->eager_used + nbytes <= engine->settings.eager_budget_nbytes) {
+        peer->eager_used += nbytes;
+        return true;
+    }
+    operation->starved[p] = 1;
+    engine->stats.eager_starved++;
+    cl_frame frame = frame_of(operation, CL_FRAME_POST, 0);
+    frame.flags = CL_FLAG_WANT;
+    cl_engine_tell(engine, plan_peer(operation, p)->rank, &frame, NULL);
+    return false;
+}
+
+static void open_send(cl_operation *operation, uint32_t s, uint32_t step)
+{
+    cl_segment *segment = &operation->segments[s];
+    uint32_t p = operation->plan->peer_of[step];
+    bool granted = operation->plan->pair_index[step] < segment->granted_out[p];
+    if (granted)
+        push_ready(operation, s, step, CL_STEP_POSTED);
+    else if (take_eager_budget(operation, p, step_nbytes(operation, s, step)))
+        push_ready(operation, s, step, CL_STEP_POSTED_EAGER);
+}
+
+/* Grants every leading receive from a peer that could be taken now. Grants are cumulative: the last one says it all. */
+static void grant(cl_operation *operation, uint32_t s, uint32_t p)
+{
+    cl_segment *segment = &operation->segments[s];
+    const cl_plan_peer *peer = plan_peer(operation, p);
+    uint32_t before = segment->granted_in[p];
+    while (segment->granted_in[p] < peer->nrecvs && segment->state[peer->recvs[segment->granted_in[p]]] != CL_STEP_WAITING)
+        segment->granted_in[p]++;
+    if (segment->granted_in[p] == before || (operation->eager && !operation->wants[p]))
+        return;
+    cl_frame frame = frame_of(operation, CL_FRAME_GRANT, s);
+    frame.arg = segment->granted_in[p];
+    cl_engine_tell(operation->engine, peer->rank, &frame, NULL);
+}
+
+static cl_kept *take_kept(cl_operation *operation, uint32_t s, uint32_t step)
+{
+    const cl_plan *plan = operation->plan;
+    for (cl_kept **at = &operation->kept; *at != NULL; at = &(*at)->next) {
+        cl_kept *kept = *at;
+        if (kept->peer == plan->steps[step].peer && kept->frame.segment == s &&
+            kept->frame.step == plan->pair_index[step]) {
+            *at = kept->next;
+            return kept;
+        }
+    }
+    return NULL;
+}
+
+static void use_kept(cl_operation *operation, uint32_t s, uint32_t step, cl_kept *kept)
+{
+    cl_operation_apply(operation, step, cl_operation_place(operation, s, step), 0, kept->data, kept->frame.nbytes);
+    operation->engine->peers[kept->peer].eager_returnable += kept->frame.nbytes;
+    cl_engine_touch(operation->engine, kept->peer);
+    cl_kept_free(kept);
+    step_done(operation, s, step);
+}
+
+static void open_step(cl_operation *operation, uint32_t s, uint32_t step)
+{
+    cl_segment *segment = &operation->segments[s];
+    bool receives = operation->plan->steps[step].kind != CL_SEND;
+    segment->state[step] = CL_STEP_OPEN;
+    if (receives)
+        grant(operation, s, operation->plan->peer_of[step]);
+    if (step_count(operation, s, step) == 0) {
+        step_done(operation, s, step); /* both sides know that nothing travels */
+        return;
+    }
+    if (!receives) {
+        open_send(operation, s, step);
+        return;
+    }
+    cl_kept *kept = take_kept(operation, s, step);
+    if (kept != NULL)
+        use_kept(operation, s, step, kept);
+}
+
+static void finish_segment(cl_operation *operation, uint32_t s)
+{
+    cl_segment *segment = &operation->segments[s];
+    const cl_request *r = &operation->request;
+    free(segment->waiting);
+    segment->waiting = NULL;
+    if (r->postscale != 1.0 && operation->output != NULL) {
+        cl_step whole = {CL_RECV, 0, 0, operation->plan->nchunks};
+        if (r->kind == CL_REDUCESCATTER)
+            whole = (cl_step){CL_RECV, 0, r->my_part, r->my_part + 1};
+        uint64_t first, count;
+        cl_chunks_of(operation, s, &whole, &first, &count);
+        void *data = operation->output + first * cl_dtype_nbytes(r->dtype);
+        operation->engine->kernels->scale[r->dtype](data, data, count, r->postscale);
+    }
+    operation->segments_done++;
+}
+
+static void complete_if_done(cl_operation *operation)
+{
+    if (operation->started && operation->segments_done == operation->nsegments && operation->unverified == 0)
+        cl_operation_complete(operation, CL_OK);
+}
+
+static void step_done(cl_operation *operation, uint32_t s, uint32_t step)
+{
+    const cl_plan *plan = operation->plan;
+    cl_segment *segment = &operation->segments[s];
+    segment->state[step] = CL_STEP_DONE;
+    segment->remaining--;
+    uint32_t begin = step == 0 ? 0 : plan->dependents_end[step - 1];
+    for (uint32_t d = begin; d < plan->dependents_end[step]; d++) {
+        uint32_t dependent = plan->dependents[d];
+        if (--segment->waiting[dependent] == 0)
+            open_step(operation, s, dependent);
+        if (segment->waiting == NULL)
+            return; /* the dependents' own dependents finished the segment */
+    }
+    if (segment->remaining == 0 && segment->waiting != NULL)
+        finish_segment(operation, s);
+}
+
+void cl_operation_step_done(cl_operation *operation, uint32_t segment, uint32_t step)
+{
+    step_done(operation, segment, step);
+    complete_if_done(operation);
+}
+
+/* ---- starting ------------------------------------------------------------------------------------------------ */
+
+/* My own contribution goes into the output, scaled: the plan works in place there. */
+static void contribute(cl_operation *operation, uint32_t s)
+{
+    const cl_request *r = &operation->request;
+    bool reduces = r->kind == CL_ALLREDUCE || r->kind == CL_REDUCESCATTER;
+    if (!reduces || r->input == NULL || operation->output == NULL)
+        return;
+    size_t width = cl_dtype_nbytes(r->dtype);
+    int32_t nchunks = operation->chunk_first == NULL ? 1 : operation->plan->nchunks;
+    for (int32_t c = 0; c < nchunks; c++) {
+        cl_step part = {CL_RECV, 0, c, operation->chunk_first == NULL ? operation->plan->nchunks : c + 1};
+        uint64_t first, count;
+        cl_chunks_of(operation, s, &part, &first, &count);
+        uint8_t *to = operation->output + first * width;
+        const uint8_t *from = (const uint8_t *)r->input + first * width;
+        if (count > 0 && (to != from || r->prescale != 1.0))
+            operation->engine->kernels->scale[r->dtype](to, from, count, r->prescale);
+    }
+}
+
+static int allocate_segment(const cl_operation *operation, cl_segment *segment)
+{
+    const cl_plan *plan = operation->plan;
+    size_t words = (size_t)plan->nsteps + 2 * (size_t)plan->npeers;
+    uint32_t *block = calloc(words + (plan->nsteps + 3) / sizeof(uint32_t) + 1, sizeof(uint32_t));
+    if (block == NULL)
+        return CL_NO_MEMORY;
+    segment->waiting = block;
+    segment->granted_out = block + plan->nsteps;
+    segment->granted_in = segment->granted_out + plan->npeers;
+    segment->state = (uint8_t *)(segment->granted_in + plan->npeers);
+    segment->remaining = plan->nsteps;
+    memcpy(segment->waiting, plan->needs, plan->nsteps * sizeof(uint32_t));
+    return CL_OK;
+}
+
+static void activate(cl_operation *operation, uint32_t s)
+{
+    cl_segment *segment = &operation->segments[s];
+    const cl_plan *plan = operation->plan;
+    segment->active = true;
+    if (operation->started_s < 0)
+        operation->started_s = operation->engine->clock(operation->engine->clock_argument);
+    contribute(operation, s);
+    for (uint32_t p = 0; p < plan->npeers; p++) /* told by announce() for all open segments at once */
+        if (!operation->started)
+            segment->granted_in[p] = plan->peers[p].initial_grant;
+    for (uint32_t i = 0; i < plan->nsteps && segment->waiting != NULL; i++)
+        if (plan->needs[i] == 0)
+            open_step(operation, s, i);
+    if (plan->nsteps == 0)
+        finish_segment(operation, s);
+}
+
+/* Tells every peer of the plan my metadata and first grants, unless an eager message is on its way that carries them. */
+static void announce(cl_operation *operation)
+{
+    const cl_plan *plan = operation->plan;
+    for (uint32_t p = 0; p < plan->npeers; p++) {
+        const cl_plan_peer *peer = &plan->peers[p];
+        bool travels = operation->eager && peer->sends_first && step_count(operation, 0, peer->sends[0]) > 0;
+        if (travels)
+            continue;
+        cl_frame frame = frame_of(operation, CL_FRAME_POST, operation->request.gated ? 0 : operation->nsegments);
+        frame.arg = operation->eager ? 0 : peer->initial_grant;
+        cl_engine_tell(operation->engine, peer->rank, &frame, NULL);
+    }
+}
+
+int cl_operation_start(cl_operation *operation)
+{
+    CL_TRY(cl_operation_layout(operation));
+    const cl_request *r = &operation->request;
+    if (r->kind == CL_EXCHANGE) {
+        cl_operation_complete(operation, CL_OK);
+        return CL_OK;
+    }
+    uint64_t nbytes = r->count * cl_dtype_nbytes(r->dtype);
+    bool uneven = r->kind == CL_ALLGATHER || r->kind == CL_ALLTOALL;
+    operation->eager = !uneven && !r->gated && operation->nsegments == 1 && nbytes <= operation->engine->settings.eager_nbytes;
+    for (uint32_t s = 0; s < operation->nsegments; s++)
+        CL_TRY(allocate_segment(operation, &operation->segments[s]));
+    announce(operation);
+    for (uint32_t s = 0; !r->gated && s < operation->nsegments; s++)
+        activate(operation, s);
+    if (atomic_load_explicit(&operation->done, memory_order_relaxed))
+        return CL_OK;
+    operation->started = true;
+    cl_operation_open_gates(operation);
+    complete_if_done(operation);
+    return CL_OK;
+}
+
+void cl_operation_open_gates(cl_operation *operation)
+{
+    if (!operation->request.gated || !operation->started)
+        return;
+    for (uint32_t s = 0; s < operation->nsegments; s++) {
+        if (operation->segments[s].active || !atomic_load_explicit(&operation->gates[s], memory_order_acquire))
+            continue;
+        activate(operation, s);
+        if (atomic_load_explicit(&operation->done, memory_order_relaxed))
+            return;
+    }
+    complete_if_done(operation);
+}
+
+/* ---- what peers say ------------------------------------------------------------------------------------------ */
+
+static void verify(cl_operation *operation, uint32_t p)
+{
+    operation->unverified -= !operation->verified[p];
+    operation->verified[p] = 1;
+}
+
+static void take_grant(cl_operation *operation, uint32_t s, uint32_t p, uint64_t upto)
+{
+    cl_segment *segment = &operation->segments[s];
+    const cl_plan_peer *peer = plan_peer(operation, p);
+    if (segment->waiting == NULL)
+        return;
+    uint32_t from = segment->granted_out[p];
+    segment->granted_out[p] = upto > peer->nsends ? peer->nsends : (uint32_t)upto;
+    for (uint32_t k = from; k < segment->granted_out[p]; k++)
+        if (segment->state[peer->sends[k]] == CL_STEP_OPEN)
+            push_ready(operation, s, peer->sends[k], CL_STEP_POSTED);
+}
+
+void cl_operation_on_post(cl_operation *operation, int32_t peer, const cl_frame *frame)
+{
+    uint32_t p;
+    if (find_peer(operation, peer, &p) != CL_OK)
+        return;
+    verify(operation, p);
+    for (uint32_t s = 0; s < frame->segment && s < operation->nsegments; s++)
+        if (frame->arg > 0)
+            take_grant(operation, s, p, frame->arg);
+    if (frame->flags & CL_FLAG_WANT && !operation->wants[p]) {
+        operation->wants[p] = 1;
+        cl_frame answer = frame_of(operation, CL_FRAME_GRANT, 0);
+        answer.arg = operation->segments[0].waiting == NULL ? 0 : operation->segments[0].granted_in[p];
+        if (answer.arg > 0)
+            cl_engine_tell(operation->engine, peer, &answer, NULL);
+    }
+    complete_if_done(operation);
+}
+
+void cl_operation_on_grant(cl_operation *operation, int32_t peer, const cl_frame *frame)
+{
+    uint32_t p;
+    if (find_peer(operation, peer, &p) != CL_OK || frame->segment >= operation->nsegments)
+        return;
+    verify(operation, p);
+    take_grant(operation, frame->segment, p, frame->arg);
+    complete_if_done(operation);
+}
+
+int cl_operation_accepts(cl_operation *operation, int32_t peer, const cl_frame *frame, uint32_t *step)
+{
+    uint32_t p, s = frame->segment;
+    if (find_peer(operation, peer, &p) != CL_OK)
+        return CL_INVALID;
+    verify(operation, p);
+    if (!operation->started || s >= operation->nsegments || !operation->segments[s].active)
+        return CL_AGAIN;
+    const cl_plan_peer *from = plan_peer(operation, p);
+    if (frame->step >= from->nrecvs || operation->segments[s].waiting == NULL)
+        return CL_INVALID;
+    *step = from->recvs[frame->step];
+    if (operation->segments[s].state[*step] != CL_STEP_OPEN)
+        return operation->segments[s].state[*step] == CL_STEP_WAITING ? CL_AGAIN : CL_INVALID;
+    return step_nbytes(operation, s, *step) == frame->nbytes ? CL_OK : CL_INVALID;
+}
+
+void cl_operation_apply(cl_operation *operation, uint32_t step, uint8_t *place, size_t offset, const void *data, size_t nbytes)
+{
+    const cl_request *r = &operation->request;
+    if (place == NULL || data == NULL)
+        return;
+    if (operation->plan->steps[step].kind == CL_RECV_REDUCE)
+        operation->engine->kernels->reduce[r->dtype][r->reduction](place + offset, data, nbytes / cl_dtype_nbytes(r->dtype));
+    else if (place + offset != data)
+        memcpy(place + offset, data, nbytes);
+}
+
+void cl_operation_keep(cl_operation *operation, cl_kept *kept)
+{
+    uint32_t step;
+    int status = cl_operation_accepts(operation, kept->peer, &kept->frame, &step);
+    if (status == CL_OK) {
+        cl_operation_hold(operation); /* a cascade may complete it */
+        use_kept(operation, kept->frame.segment, step, kept);
+        complete_if_done(operation);
+        cl_operation_release(operation);
+        return;
+    }
+    kept->next = operation->kept;
+    operation->kept = kept;
+}
+
+const void *cl_operation_frame(cl_operation *operation, uint32_t segment, uint32_t step, cl_frame *frame)
+{
+    *frame = frame_of(operation, CL_FRAME_DATA, segment);
+    frame->step = operation->plan->pair_index[step];
+    frame->nbytes = step_nbytes(operation, segment, step);
+    frame->flags = operation->segments[segment].state[step] == CL_STEP_POSTED_EAGER ? CL_FLAG_EAGER : 0;
+    frame->arg = step;
+    frame->token = (uint64_t)(uintptr_t)operation;
+    return cl_operation_place(operation, segment, step);
+}
+
+bool cl_operation_awaits(const cl_operation *operation, int32_t peer)
+{
+    uint32_t p;
+    if (operation->exchange != NULL && !operation->exchange->finished)
+        return cl_exchange_awaits(operation, peer);
+    if (find_peer(operation, peer, &p) != CL_OK)
+        return false;
+    if (!operation->verified[p])
+        return true;
+    for (uint32_t s = 0; s < operation->nsegments; s++) {
+        const cl_segment *segment = &operation->segments[s];
+        if (segment->active && segment->waiting == NULL)
+            continue;
+        for (uint32_t i = 0; i < operation->plan->nsteps; i++)
+            if (operation->plan->peer_of[i] == p && (!segment->active || segment->state[i] != CL_STEP_DONE))
+                return true;
+    }
+    return false;
+}
+
+/* ---- the end ------------------------------------------------------------------------------------------------- */
+
+/* What was kept gives its eager budget back, used or not. */
+static void drop_kept(cl_operation *operation)
+{
+    while (operation->kept != NULL) {
+        cl_kept *kept = operation->kept;
+        operation->kept = kept->next;
+        operation->engine->peers[kept->peer].eager_returnable += kept->frame.nbytes;
+        cl_engine_touch(operation->engine, kept->peer);
+        cl_kept_free(kept);
+    }
+}
+
+void cl_operation_fail(cl_operation *operation, int status, int32_t blamed, const char *text)
+{
+    cl_engine *engine = operation->engine;
+    if (atomic_load_explicit(&operation->done, memory_order_relaxed))
+        return;
+    for (uint32_t p = 0; operation->plan != NULL && p < operation->plan->npeers; p++) {
+        cl_peer *peer = &engine->peers[operation->plan->peers[p].rank];
+        cl_heap_remove(&peer->ready, operation);
+        if (operation->posted[p] > 0 && peer->link != NULL)
+            peer->link->transport->forget(peer->link, operation->request.key);
+        peer->posted_nbytes -= operation->posted[p];
+        operation->posted[p] = 0;
+    }
+    cl_incoming_drop(engine, operation);
+    drop_kept(operation);
+    operation->blamed = blamed;
+    snprintf(operation->error, sizeof operation->error, "%s failed: %s", operation->text, text);
+    cl_engine_failed_key(engine, operation->request.key);
+    cl_operation_complete(operation, status);
+}

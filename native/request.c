@@ -1,0 +1,349 @@
+/*
+ * request.c: an operation's memory: made from a request, laid out once its sizes are known, freed with the last reference.
+ *
+ * It knows sizes, chunks and segments, and nothing of steps, peers or frames.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine.h"
+
+/* Chunk borders fall on multiples of this many elements, so that kernels start aligned (64 bytes of the narrowest type). */
+enum { CHUNK_ALIGNMENT = 64 };
+
+static const bool needs_plan[CL_KIND_END] = {
+    [CL_ALLREDUCE] = true, [CL_BROADCAST] = true, [CL_ALLGATHER] = true,
+    [CL_REDUCESCATTER] = true, [CL_ALLTOALL] = true, [CL_BARRIER] = true,
+};
+static const bool makes_result[CL_KIND_END] = {
+    [CL_ALLGATHER] = true, [CL_REDUCESCATTER] = true, [CL_ALLTOALL] = true,
+};
+
+static bool request_is_sound(const cl_request *r)
+{
+    if (r->kind < 0 || r->kind >= CL_KIND_END || r->dtype < 0 || r->dtype >= CL_DTYPE_END || r->reduction < 0 ||
+        r->reduction >= CL_REDUCTION_END || r->text == NULL || needs_plan[r->kind] != (r->plan != NULL))
+        return false;
+    if (r->nmembers < 0 || (r->nmembers > 0) != (r->members != NULL) || r->nsplits < 0 ||
+        (r->nsplits > 0 && r->splits == NULL))
+        return false;
+    bool exchanges = r->kind == CL_ALLGATHER || r->kind == CL_ALLTOALL || r->kind == CL_EXCHANGE;
+    if (exchanges && (r->members == NULL || r->gated))
+        return false;
+    if (r->kind == CL_ALLGATHER && (r->nsplits != 1 || r->plan->nchunks != r->nmembers))
+        return false;
+    if (r->kind == CL_ALLTOALL && (r->nsplits != r->nmembers || r->plan->nchunks != 2 * r->nmembers))
+        return false;
+    if (r->kind == CL_REDUCESCATTER && (r->parts == NULL || r->my_part < 0 || r->my_part >= r->plan->nchunks))
+        return false;
+    return r->members == NULL || (r->my_part >= 0 && r->my_part < r->nmembers);
+}
+
+static uint32_t hash_scales(const cl_request *r)
+{
+    double scales[2] = {r->prescale, r->postscale};
+    uint8_t bytes[sizeof scales];
+    memcpy(bytes, scales, sizeof bytes);
+    uint32_t hash = UINT32_C(2166136261) ^ r->settings_hash; /* FNV-1a */
+    for (size_t i = 0; i < sizeof bytes; i++)
+        hash = (hash ^ bytes[i]) * UINT32_C(16777619);
+    return hash;
+}
+
+static void *copy_of(const void *data, size_t nbytes)
+{
+    void *copy = malloc(nbytes == 0 ? 1 : nbytes);
+    if (copy != NULL && nbytes > 0)
+        memcpy(copy, data, nbytes);
+    return copy;
+}
+
+/* Sizes differ between members where they are exchanged; then they are no part of what must be equal. */
+static cl_meta meta_of(const cl_request *r)
+{
+    bool uneven = r->kind == CL_ALLGATHER || r->kind == CL_ALLTOALL || r->kind == CL_EXCHANGE;
+    return (cl_meta){
+        .count = uneven ? 0 : r->count,
+        .shape_hash = r->shape_hash,
+        .scale_hash = hash_scales(r),
+        .root = r->root,
+        .dtype = (uint8_t)r->dtype,
+        .reduction = (uint8_t)r->reduction,
+        .kind = (uint8_t)r->kind,
+    };
+}
+
+static int copy_request(cl_operation *operation, const cl_request *r)
+{
+    cl_request *own = &operation->request;
+    *own = *r;
+    own->parts = NULL;
+    own->members = NULL;
+    own->splits = NULL;
+    snprintf(operation->text, sizeof operation->text, "%s", r->text);
+    own->text = operation->text;
+    if (r->plan != NULL)
+        cl_plan_hold(r->plan);
+    operation->plan = r->plan;
+    if (r->parts != NULL)
+        own->parts = copy_of(r->parts, ((size_t)r->plan->nchunks + 1) * sizeof(uint64_t));
+    if (r->members != NULL)
+        own->members = copy_of(r->members, (size_t)r->nmembers * sizeof(int32_t));
+    if (r->nsplits > 0)
+        own->splits = copy_of(r->splits, (size_t)r->nsplits * sizeof(uint64_t));
+    bool failed = (r->parts != NULL && own->parts == NULL) || (r->members != NULL && own->members == NULL) ||
+                  (r->nsplits > 0 && own->splits == NULL);
+    return failed ? CL_NO_MEMORY : CL_OK;
+}
+
+/* The number of segments is known at once where no exchange comes first; gates may open from then on. */
+static uint32_t count_segments(const cl_operation *operation, uint64_t total)
+{
+    uint64_t size = operation->request.segment_count;
+    bool divisible = operation->chunk_first == NULL || operation->plan->single_chunks;
+    if (size == 0 || total <= size || !divisible)
+        return 1;
+    return (uint32_t)((total + size - 1) / size);
+}
+
+static int allocate_segments(cl_operation *operation, uint64_t total)
+{
+    operation->nsegments = count_segments(operation, total);
+    operation->segments = calloc(operation->nsegments, sizeof(cl_segment));
+    operation->gates = calloc(operation->nsegments, sizeof *operation->gates);
+    return operation->segments == NULL || operation->gates == NULL ? CL_NO_MEMORY : CL_OK;
+}
+
+static int allocate_peers(cl_operation *operation)
+{
+    uint32_t npeers = operation->plan == NULL ? 0 : operation->plan->npeers;
+    operation->verified = calloc((size_t)npeers + 1, 3);
+    operation->posted = calloc((size_t)npeers + 1, sizeof(uint64_t));
+    if (operation->verified == NULL || operation->posted == NULL)
+        return CL_NO_MEMORY;
+    operation->wants = operation->verified + npeers + 1;
+    operation->starved = operation->wants + npeers + 1;
+    operation->unverified = npeers;
+    return CL_OK;
+}
+
+static int set_parts(cl_operation *operation)
+{
+    const cl_request *r = &operation->request;
+    size_t nchunks = (size_t)r->plan->nchunks;
+    operation->chunk_first = calloc(2 * nchunks + 1, sizeof(uint64_t));
+    if (operation->chunk_first == NULL)
+        return CL_NO_MEMORY;
+    operation->chunk_end = operation->chunk_first + nchunks;
+    for (size_t c = 0; r->parts != NULL && c < nchunks; c++) {
+        operation->chunk_first[c] = r->parts[c];
+        operation->chunk_end[c] = r->parts[c + 1];
+    }
+    return CL_OK;
+}
+
+static int lay_out_at_once(cl_operation *operation)
+{
+    CL_TRY(allocate_peers(operation));
+    if (operation->request.kind == CL_REDUCESCATTER)
+        CL_TRY(set_parts(operation));
+    if (!makes_result[operation->request.kind] || operation->request.kind == CL_REDUCESCATTER)
+        return allocate_segments(operation, operation->request.count);
+    return set_parts(operation);
+}
+
+int cl_operation_new(cl_engine *engine, const cl_request *request, cl_operation **out)
+{
+    if (!request_is_sound(request))
+        return CL_INVALID;
+    cl_operation *operation = calloc(1, sizeof(cl_operation));
+    if (operation == NULL)
+        return CL_NO_MEMORY;
+    operation->references = 1;
+    operation->engine = engine;
+    operation->blamed = -1;
+    operation->started_s = operation->done_s = -1;
+    operation->submitted_s = engine->clock(engine->clock_argument);
+    int status = copy_request(operation, request);
+    if (status == CL_OK)
+        status = lay_out_at_once(operation);
+    if (status != CL_OK) {
+        cl_operation_release(operation);
+        return status;
+    }
+    operation->meta = meta_of(request);
+    *out = operation;
+    return CL_OK;
+}
+
+void cl_operation_hold(cl_operation *operation)
+{
+    atomic_fetch_add_explicit(&operation->references, 1, memory_order_relaxed);
+}
+
+void cl_operation_release(cl_operation *operation)
+{
+    if (operation == NULL || atomic_fetch_sub_explicit(&operation->references, 1, memory_order_acq_rel) != 1)
+        return;
+    cl_exchange_free(operation);
+    for (uint32_t s = 0; operation->segments != NULL && s < operation->nsegments; s++)
+        free(operation->segments[s].waiting);
+    free(operation->gates);
+    free(operation->segments);
+    free(operation->posted);
+    free(operation->verified);
+    free(operation->chunk_first);
+    free(operation->member_counts);
+    free(operation->memory);
+    free((void *)(uintptr_t)operation->request.splits);
+    free((void *)(uintptr_t)operation->request.members);
+    free((void *)(uintptr_t)operation->request.parts);
+    cl_plan_free(operation->plan);
+    free(operation);
+}
+
+/* ---- layout: after the exchange, if there is one ------------------------------------------------------------ */
+
+static int allocate_result(cl_operation *operation, uint64_t count)
+{
+    size_t nbytes = (size_t)count * cl_dtype_nbytes(operation->request.dtype);
+    operation->memory = malloc(nbytes == 0 ? 1 : nbytes);
+    operation->result = operation->memory;
+    operation->result_count = count;
+    return operation->memory == NULL ? CL_NO_MEMORY : CL_OK;
+}
+
+static int lay_out_allgather(cl_operation *operation)
+{
+    const cl_request *r = &operation->request;
+    size_t width = cl_dtype_nbytes(r->dtype);
+    operation->member_counts = calloc((size_t)r->nmembers, sizeof(uint64_t));
+    if (operation->member_counts == NULL)
+        return CL_NO_MEMORY;
+    uint64_t total = 0;
+    for (int32_t m = 0; m < r->nmembers; m++) {
+        memcpy(&operation->member_counts[m], operation->exchange->entries[m].data, sizeof(uint64_t));
+        operation->chunk_first[m] = total;
+        operation->chunk_end[m] = total += operation->member_counts[m];
+    }
+    CL_TRY(allocate_result(operation, total));
+    operation->output = operation->memory;
+    if (r->input != NULL && r->count > 0)
+        memcpy(operation->memory + operation->chunk_first[r->my_part] * width, r->input, r->count * width);
+    return allocate_segments(operation, total);
+}
+
+static uint64_t split_of(const cl_operation *operation, int32_t from, int32_t to)
+{
+    uint64_t split;
+    memcpy(&split, operation->exchange->entries[from].data + (size_t)to * sizeof split, sizeof split);
+    return split;
+}
+
+static int lay_out_alltoall(cl_operation *operation)
+{
+    const cl_request *r = &operation->request;
+    size_t width = cl_dtype_nbytes(r->dtype);
+    int32_t n = r->nmembers, me = r->my_part;
+    operation->member_counts = calloc((size_t)n, sizeof(uint64_t));
+    if (operation->member_counts == NULL)
+        return CL_NO_MEMORY;
+    uint64_t out = 0, in = 0, all = 0;
+    for (int32_t m = 0; m < n; m++) {
+        operation->chunk_first[m] = out;
+        operation->chunk_end[m] = out += split_of(operation, me, m);
+        operation->chunk_first[n + m] = in;
+        operation->chunk_end[n + m] = in += operation->member_counts[m] = split_of(operation, m, me);
+        for (int32_t to = 0; to < n; to++)
+            all += split_of(operation, m, to);
+    }
+    CL_TRY(allocate_result(operation, in));
+    operation->input = (uint8_t *)(uintptr_t)r->input;
+    operation->output = operation->memory;
+    uint64_t own = operation->member_counts[me];
+    if (r->input != NULL && own > 0)
+        memcpy(operation->memory + operation->chunk_first[n + me] * width,
+               operation->input + operation->chunk_first[me] * width, own * width);
+    return allocate_segments(operation, all / (uint64_t)n); /* the same number of segments on every rank */
+}
+
+static int lay_out_reducescatter(cl_operation *operation)
+{
+    const cl_request *r = &operation->request;
+    CL_TRY(allocate_result(operation, r->count));
+    operation->output = operation->memory;
+    operation->result = operation->memory + operation->chunk_first[r->my_part] * cl_dtype_nbytes(r->dtype);
+    operation->result_count = operation->chunk_end[r->my_part] - operation->chunk_first[r->my_part];
+    return CL_OK;
+}
+
+/* Everybody's bytes in one block; the entries stay with the exchange until then. */
+static int lay_out_exchange(cl_operation *operation)
+{
+    const cl_request *r = &operation->request;
+    operation->member_counts = calloc((size_t)r->nmembers, sizeof(uint64_t));
+    if (operation->member_counts == NULL)
+        return CL_NO_MEMORY;
+    uint64_t total = 0;
+    for (int32_t m = 0; m < r->nmembers; m++)
+        total += operation->member_counts[m] = operation->exchange->entries[m].nbytes;
+    CL_TRY(allocate_result(operation, total));
+    uint8_t *to = operation->memory;
+    for (int32_t m = 0; m < r->nmembers; m++) {
+        memcpy(to, operation->exchange->entries[m].data, operation->member_counts[m]);
+        to += operation->member_counts[m];
+    }
+    return CL_OK;
+}
+
+static int lay_out_in_place(cl_operation *operation)
+{
+    operation->output = operation->request.output;
+    return CL_OK;
+}
+
+int cl_operation_layout(cl_operation *operation)
+{
+    static int (*const layouts[CL_KIND_END])(cl_operation *) = {
+        [CL_ALLREDUCE] = lay_out_in_place, [CL_BROADCAST] = lay_out_in_place,
+        [CL_BARRIER] = lay_out_in_place, [CL_ALLGATHER] = lay_out_allgather,
+        [CL_REDUCESCATTER] = lay_out_reducescatter, [CL_ALLTOALL] = lay_out_alltoall,
+        [CL_EXCHANGE] = lay_out_exchange,
+    };
+    return layouts[operation->request.kind](operation);
+}
+
+/* ---- chunks -------------------------------------------------------------------------------------------------- */
+
+static uint64_t border(uint64_t count, uint64_t part, uint64_t parts)
+{
+    return part == parts ? count : (count * part / parts) & ~(uint64_t)(CHUNK_ALIGNMENT - 1);
+}
+
+static void equal_chunks(const cl_operation *operation, uint32_t segment, const cl_step *step, uint64_t *first,
+                         uint64_t *count)
+{
+    uint64_t size = operation->nsegments == 1 ? operation->request.count : operation->request.segment_count;
+    uint64_t start = segment * size;
+    uint64_t length = segment + 1 == operation->nsegments ? operation->request.count - start : size;
+    uint64_t nchunks = (uint64_t)operation->plan->nchunks;
+    uint64_t from = border(length, (uint64_t)step->first_chunk, nchunks);
+    *first = start + from;
+    *count = border(length, (uint64_t)step->end_chunk, nchunks) - from;
+}
+
+/* Segment s of an uneven operation is the s-th slice of every chunk. */
+static void uneven_chunks(const cl_operation *operation, uint32_t segment, const cl_step *step, uint64_t *first,
+                          uint64_t *count)
+{
+    uint64_t start = operation->chunk_first[step->first_chunk];
+    uint64_t length = operation->chunk_end[step->end_chunk - 1] - start;
+    uint64_t from = border(length, segment, operation->nsegments);
+    *first = start + from;
+    *count = border(length, (uint64_t)segment + 1, operation->nsegments) - from;
+}
+
+void cl_chunks_of(const cl_operation *operation, uint32_t segment, const cl_step *step, uint64_t *first, uint64_t *count)
+{
+    (operation->chunk_first == NULL ? equal_chunks : uneven_chunks)(operation, segment, step, first, count);
+}

@@ -1,0 +1,521 @@
+/*
+ * sim.c: many engines in one process under one virtual clock: the same engine, the same plans, another transport.
+ *
+ * The network: every rank has one sending and one receiving port per link class (inside a host, between hosts), each busy
+ * with one message at a time. A message leaves when the sender's port is free, its first byte arrives alpha later, and it
+ * is there when the receiver's port has taken all of it. Frames without payload take alpha and no port, but never
+ * overtake on their link. Events at one time happen in the order in which they were made: one seed, one run.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine.h"
+
+enum { INSIDE = 0, BETWEEN = 1, CLASSES = 2 };
+
+typedef enum { EVENT_ARRIVE, EVENT_DELIVER, EVENT_END, EVENT_SENT, EVENT_LOST, EVENT_TIMER } event_kind;
+
+struct sim_link;
+
+/* A frame on its way, its payload behind it. */
+typedef struct parcel {
+    struct parcel *next;
+    double ready_s; /* the receiver's port has all of it */
+    bool has_payload;
+    cl_frame frame;
+    uint8_t payload[];
+} parcel;
+
+typedef struct {
+    double at_s;
+    uint64_t order;
+    event_kind kind;
+    int32_t rank;            /* timer: whose */
+    uint64_t token;
+    struct sim_link *link;   /* the link object of the side where it happens */
+    parcel *parcel;          /* owned */
+} event;
+
+typedef struct sim_link {
+    cl_link base;
+    cl_sim *sim;
+    struct sim_link *remote;
+    int class;
+    double last_arrival_s;   /* of what was sent on this link */
+    parcel *first, *last;    /* arrived on this side, not handed over: in order, one at a time */
+    double last_ready_s;
+    bool adding;             /* the engine is adding what was handed over last */
+    size_t pending_nbytes;
+    uint64_t forgotten;      /* key of the operation that does not want to hear of its sends */
+} sim_link;
+
+typedef struct {
+    double send_free_s, receive_free_s;
+} port;
+
+typedef struct {
+    int32_t rank;
+    uint64_t key;
+} completion;
+
+struct cl_sim {
+    int32_t size;
+    double now_s;
+    cl_sim_link classes[CLASSES];
+    cl_settings settings;
+    cl_engine **engines;
+    bool *dead, *woken;
+    port *ports; /* CLASSES per rank */
+    int32_t *to_flush, nto_flush;
+    event *events; /* binary heap by (at_s, order) */
+    size_t nevents, events_capacity;
+    uint64_t order;
+    completion *done;
+    size_t done_first, ndone, done_capacity;
+    int status; /* out of memory somewhere: reported by cl_sim_next */
+};
+
+/* ---- events -------------------------------------------------------------------------------------------------- */
+
+static bool earlier(const event *a, const event *b)
+{
+    return a->at_s < b->at_s || (a->at_s == b->at_s && a->order < b->order);
+}
+
+static void add_event(cl_sim *sim, event new)
+{
+    if (sim->nevents == sim->events_capacity) {
+        size_t capacity = sim->events_capacity == 0 ? 1024 : 2 * sim->events_capacity;
+        event *events = realloc(sim->events, capacity * sizeof(event));
+        if (events == NULL) {
+            sim->status = CL_NO_MEMORY;
+            free(new.parcel);
+            return;
+        }
+        sim->events = events;
+        sim->events_capacity = capacity;
+    }
+    new.order = sim->order++;
+    size_t child = sim->nevents++;
+    for (; child > 0 && earlier(&new, &sim->events[(child - 1) / 2]); child = (child - 1) / 2)
+        sim->events[child] = sim->events[(child - 1) / 2];
+    sim->events[child] = new;
+}
+
+static event take_event(cl_sim *sim)
+{
+    event first = sim->events[0], last = sim->events[--sim->nevents];
+    size_t parent = 0;
+    for (;;) {
+        size_t child = 2 * parent + 1;
+        if (child + 1 < sim->nevents && earlier(&sim->events[child + 1], &sim->events[child]))
+            child++;
+        if (child >= sim->nevents || !earlier(&sim->events[child], &last))
+            break;
+        sim->events[parent] = sim->events[child];
+        parent = child;
+    }
+    sim->events[parent] = last;
+    return first;
+}
+
+/* ---- the transport ------------------------------------------------------------------------------------------- */
+
+static port *port_of(cl_sim *sim, int32_t rank, int class)
+{
+    return &sim->ports[CLASSES * rank + class];
+}
+
+static int32_t rank_of(const sim_link *link)
+{
+    return link->remote->base.peer;
+}
+
+static parcel *pack(const cl_frame *frame, const void *payload)
+{
+    parcel *packed = malloc(sizeof(parcel) + (payload == NULL ? 0 : frame->nbytes));
+    if (packed == NULL)
+        return NULL;
+    *packed = (parcel){.has_payload = payload != NULL, .frame = *frame};
+    if (payload != NULL)
+        memcpy(packed->payload, payload, frame->nbytes);
+    return packed;
+}
+
+static int sim_send(cl_link *base, const cl_frame *frame, const void *payload)
+{
+    sim_link *link = (sim_link *)base;
+    cl_sim *sim = link->sim;
+    const cl_sim_link *class = &sim->classes[link->class];
+    port *from = port_of(sim, rank_of(link), link->class);
+    parcel *sent = pack(frame, payload), *receipt = NULL;
+    bool carries = frame->nbytes > 0;
+    if (sent == NULL || (carries && (receipt = pack(frame, NULL)) == NULL)) {
+        free(sent);
+        sim->status = CL_NO_MEMORY;
+        return CL_OK;
+    }
+    double start_s = carries ? fmax(sim->now_s, from->send_free_s) : sim->now_s;
+    double arrive_s = fmax(start_s + class->alpha_s, link->last_arrival_s);
+    link->last_arrival_s = arrive_s;
+    add_event(sim, (event){.at_s = arrive_s, .kind = EVENT_ARRIVE, .link = link->remote, .parcel = sent});
+    if (carries) {
+        from->send_free_s = start_s + frame->nbytes * class->beta_s_per_byte;
+        link->pending_nbytes += frame->nbytes;
+        add_event(sim, (event){.at_s = from->send_free_s, .kind = EVENT_SENT, .link = link, .parcel = receipt});
+    }
+    return CL_OK;
+}
+
+static void on_arrive(cl_sim *sim, sim_link *link, parcel *arrived)
+{
+    double ready_s = sim->now_s;
+    if (arrived->frame.nbytes > 0) {
+        port *to = port_of(sim, rank_of(link), link->class);
+        ready_s = fmax(ready_s, to->receive_free_s) + arrived->frame.nbytes * sim->classes[link->class].beta_s_per_byte;
+        to->receive_free_s = ready_s;
+    }
+    arrived->ready_s = link->last_ready_s = fmax(ready_s, link->last_ready_s);
+    arrived->next = NULL;
+    if (link->last != NULL)
+        link->last->next = arrived;
+    else
+        link->first = arrived;
+    link->last = arrived;
+    add_event(sim, (event){.at_s = arrived->ready_s, .kind = EVENT_DELIVER, .link = link});
+}
+
+/* True if this rank spends time on adding the frame that begin() has just announced. */
+static bool reduces(const sim_link *link, const cl_frame *frame)
+{
+    const cl_peer *peer = &((cl_engine *)link->base.owner)->peers[link->base.peer];
+    return frame->type == CL_FRAME_DATA && peer->mode == CL_INCOMING_APPLY &&
+           peer->operation->plan->steps[peer->step].kind == CL_RECV_REDUCE;
+}
+
+static void end_parcel(sim_link *link, parcel *handed)
+{
+    link->base.sink->end(link->base.owner, &link->base, &handed->frame);
+    free(handed);
+}
+
+static void hand_over(cl_sim *sim, sim_link *link, parcel *handed)
+{
+    const cl_sink *sink = link->base.sink;
+    const cl_frame *frame = &handed->frame;
+    (void)sink->begin(link->base.owner, &link->base, frame);
+    if (frame->nbytes > 0)
+        sink->piece(link->base.owner, &link->base, frame, 0, handed->has_payload ? handed->payload : NULL, frame->nbytes);
+    double adding_s = reduces(link, frame) ? frame->nbytes * sim->classes[link->class].gamma_s_per_byte : 0;
+    link->adding = adding_s > 0;
+    if (link->adding)
+        add_event(sim, (event){.at_s = sim->now_s + adding_s, .kind = EVENT_END, .link = link, .parcel = handed});
+    else
+        end_parcel(link, handed);
+}
+
+static void hand_over_ready(cl_sim *sim, sim_link *link)
+{
+    while (!link->adding && link->first != NULL && link->first->ready_s <= sim->now_s) {
+        parcel *handed = link->first;
+        link->first = handed->next;
+        if (link->first == NULL)
+            link->last = NULL;
+        hand_over(sim, link, handed);
+    }
+}
+
+static void on_sent(sim_link *link, parcel *receipt)
+{
+    link->pending_nbytes -= receipt->frame.nbytes;
+    bool forgotten = receipt->frame.type == CL_FRAME_DATA && receipt->frame.key == link->forgotten;
+    if (!forgotten)
+        link->base.sink->sent(link->base.owner, &link->base, &receipt->frame);
+    free(receipt);
+}
+
+static int sim_progress(cl_link *base)
+{
+    (void)base; /* the clock drives */
+    return 0;
+}
+
+static int sim_arm(cl_link *base)
+{
+    (void)base;
+    return CL_OK;
+}
+
+static void sim_disarm(cl_link *base)
+{
+    (void)base;
+}
+
+static int sim_pollfd(cl_link *base, uint32_t *events)
+{
+    (void)base;
+    *events = 0;
+    return -1;
+}
+
+static void sim_forget(cl_link *base, uint64_t key)
+{
+    ((sim_link *)base)->forgotten = key; /* payloads were copied at send */
+}
+
+static size_t sim_pending(const cl_link *base)
+{
+    return ((const sim_link *)base)->pending_nbytes;
+}
+
+static void sim_close(cl_link *base)
+{
+    base->owner = NULL; /* events on their way still point here: freed with the simulation */
+}
+
+const cl_transport cl_sim_transport = {
+    .name = "sim",
+    .send = sim_send,
+    .progress = sim_progress,
+    .arm = sim_arm,
+    .disarm = sim_disarm,
+    .pollfd = sim_pollfd,
+    .forget = sim_forget,
+    .pending = sim_pending,
+    .close = sim_close,
+    .forked = sim_disarm,
+    .tick = NULL,
+};
+
+/* ---- making -------------------------------------------------------------------------------------------------- */
+
+static double sim_clock(void *sim)
+{
+    return ((cl_sim *)sim)->now_s;
+}
+
+static void wake_engine(cl_engine *engine)
+{
+    cl_sim *sim = engine->driver;
+    if (sim->woken[engine->rank])
+        return;
+    sim->woken[engine->rank] = true;
+    sim->to_flush[sim->nto_flush++] = engine->rank;
+}
+
+static void on_done(cl_engine *engine, cl_operation *operation)
+{
+    cl_sim *sim = engine->driver;
+    if (sim->ndone == sim->done_capacity) {
+        size_t capacity = sim->done_capacity == 0 ? 256 : 2 * sim->done_capacity;
+        completion *done = realloc(sim->done, capacity * sizeof(completion));
+        if (done == NULL) {
+            sim->status = CL_NO_MEMORY;
+            return;
+        }
+        sim->done = done;
+        sim->done_capacity = capacity;
+    }
+    sim->done[sim->ndone++] = (completion){engine->rank, operation->request.key};
+}
+
+static int make_engine(cl_sim *sim, int32_t rank)
+{
+    CL_TRY(cl_engine_new(rank, sim->size, &sim->settings, &sim->engines[rank]));
+    cl_engine *engine = sim->engines[rank];
+    engine->clock = sim_clock;
+    engine->clock_argument = sim;
+    engine->on_done = on_done;
+    engine->wake = wake_engine;
+    engine->driver = sim;
+    return CL_OK;
+}
+
+static int make_links(cl_sim *sim, int32_t a, int32_t b, const int32_t *hosts)
+{
+    sim_link *near = calloc(1, sizeof(sim_link)), *far = calloc(1, sizeof(sim_link));
+    if (near == NULL || far == NULL) {
+        free(near);
+        free(far);
+        return CL_NO_MEMORY;
+    }
+    *near = (sim_link){.sim = sim, .remote = far, .class = hosts[a] == hosts[b] ? INSIDE : BETWEEN};
+    *far = (sim_link){.sim = sim, .remote = near, .class = near->class};
+    near->base.transport = far->base.transport = &cl_sim_transport;
+    cl_engine_attach(sim->engines[a], b, &near->base);
+    cl_engine_attach(sim->engines[b], a, &far->base);
+    return CL_OK;
+}
+
+static int make_parts(cl_sim *sim, const int32_t *hosts)
+{
+    size_t size = (size_t)sim->size;
+    sim->engines = calloc(size, sizeof(cl_engine *));
+    sim->dead = calloc(size, sizeof(bool));
+    sim->woken = calloc(size, sizeof(bool));
+    sim->ports = calloc(CLASSES * size, sizeof(port));
+    sim->to_flush = calloc(size, sizeof(int32_t));
+    if (!sim->engines || !sim->dead || !sim->woken || !sim->ports || !sim->to_flush)
+        return CL_NO_MEMORY;
+    for (int32_t r = 0; r < sim->size; r++)
+        CL_TRY(make_engine(sim, r));
+    for (int32_t a = 0; a < sim->size; a++)
+        for (int32_t b = a + 1; b < sim->size; b++)
+            CL_TRY(make_links(sim, a, b, hosts));
+    return CL_OK;
+}
+
+int cl_sim_new(int32_t size, const int32_t *hosts, const cl_sim_link *inside, const cl_sim_link *between,
+               const cl_settings *settings, cl_sim **out)
+{
+    if (size < 1)
+        return CL_INVALID;
+    cl_sim *sim = calloc(1, sizeof(cl_sim));
+    if (sim == NULL)
+        return CL_NO_MEMORY;
+    *sim = (cl_sim){.size = size, .classes = {*inside, *between}, .settings = *settings};
+    int status = make_parts(sim, hosts);
+    if (status != CL_OK) {
+        cl_sim_free(sim);
+        return status;
+    }
+    *out = sim;
+    return CL_OK;
+}
+
+static void free_link(cl_peer *peer)
+{
+    sim_link *link = (sim_link *)peer->link;
+    peer->link = NULL;
+    while (link != NULL && link->first != NULL) {
+        parcel *next = link->first->next;
+        free(link->first);
+        link->first = next;
+    }
+    free(link);
+}
+
+static void free_links(cl_sim *sim)
+{
+    for (int32_t a = 0; sim->engines != NULL && a < sim->size; a++)
+        for (int32_t b = 0; sim->engines[a] != NULL && b < sim->size; b++)
+            free_link(&sim->engines[a]->peers[b]);
+}
+
+static void free_events(cl_sim *sim)
+{
+    for (size_t i = 0; i < sim->nevents; i++)
+        free(sim->events[i].parcel);
+    sim->nevents = 0;
+}
+
+void cl_sim_free(cl_sim *sim)
+{
+    if (sim == NULL)
+        return;
+    for (int32_t r = 0; sim->engines != NULL && r < sim->size; r++)
+        if (sim->engines[r] != NULL)
+            cl_engine_leave(sim->engines[r]); /* fails what is unfinished; what it says is never delivered */
+    free_events(sim);
+    free_links(sim);
+    for (int32_t r = 0; sim->engines != NULL && r < sim->size; r++)
+        cl_engine_free(sim->engines[r]);
+    free(sim->done);
+    free(sim->events);
+    free(sim->to_flush);
+    free(sim->ports);
+    free(sim->woken);
+    free(sim->dead);
+    free(sim->engines);
+    free(sim);
+}
+
+/* ---- running ------------------------------------------------------------------------------------------------- */
+
+cl_engine *cl_sim_engine(cl_sim *sim, int32_t rank)
+{
+    return rank < 0 || rank >= sim->size ? NULL : sim->engines[rank];
+}
+
+double cl_sim_now(cl_sim *sim)
+{
+    return sim->now_s;
+}
+
+int cl_sim_timer(cl_sim *sim, int32_t rank, double at_s, uint64_t token)
+{
+    if (rank < 0 || rank >= sim->size || !(at_s >= sim->now_s))
+        return CL_INVALID;
+    add_event(sim, (event){.at_s = at_s, .kind = EVENT_TIMER, .rank = rank, .token = token});
+    return sim->status;
+}
+
+int cl_sim_kill(cl_sim *sim, int32_t rank)
+{
+    if (rank < 0 || rank >= sim->size || sim->dead[rank])
+        return CL_INVALID;
+    sim->dead[rank] = true;
+    for (int32_t r = 0; r < sim->size; r++)
+        if (r != rank)
+            add_event(sim, (event){.at_s = sim->now_s + 1e-3 * sim->settings.lost_ms, .kind = EVENT_LOST,
+                                   .link = (sim_link *)sim->engines[r]->peers[rank].link});
+    return sim->status;
+}
+
+static void flush_woken(cl_sim *sim)
+{
+    while (sim->nto_flush > 0) {
+        int32_t rank = sim->to_flush[--sim->nto_flush];
+        sim->woken[rank] = false;
+        if (!sim->dead[rank])
+            cl_engine_flush(sim->engines[rank]);
+    }
+}
+
+/* A dead rank neither hears nor is heard; what it had given to the network still arrives. */
+static void happen(cl_sim *sim, event *e)
+{
+    sim_link *link = e->link;
+    int32_t rank = rank_of(link);
+    if (sim->dead[rank]) {
+        free(e->parcel);
+        return;
+    }
+    switch (e->kind) {
+    case EVENT_ARRIVE: on_arrive(sim, link, e->parcel); break;
+    case EVENT_SENT: on_sent(link, e->parcel); break;
+    case EVENT_LOST: link->base.sink->lost(link->base.owner, &link->base, "its process died"); break;
+    case EVENT_END:
+        link->adding = false;
+        end_parcel(link, e->parcel);
+        hand_over_ready(sim, link); /* the next may be waiting */
+        break;
+    default: hand_over_ready(sim, link); break;
+    }
+    cl_engine_flush(sim->engines[rank]);
+}
+
+int cl_sim_next(cl_sim *sim, int32_t *rank, uint64_t *token)
+{
+    for (;;) {
+        flush_woken(sim);
+        if (sim->done_first < sim->ndone) {
+            *rank = sim->done[sim->done_first].rank;
+            *token = sim->done[sim->done_first++].key;
+            if (sim->done_first == sim->ndone)
+                sim->done_first = sim->ndone = 0;
+            return CL_SIM_DONE;
+        }
+        if (sim->nevents == 0)
+            return CL_SIM_IDLE;
+        event e = take_event(sim);
+        sim->now_s = e.at_s;
+        if (e.kind == EVENT_TIMER) {
+            *rank = e.rank;
+            *token = e.token;
+            return CL_SIM_TIMER;
+        }
+        happen(sim, &e);
+    }
+}

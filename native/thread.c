@@ -1,0 +1,508 @@
+/*
+ * thread.c: the engine in a real process: one progress thread, and callers that help while they wait.
+ *
+ * Whoever holds the lock owns the engine. The thread sleeps in epoll without the lock; a waiting caller takes the lock if
+ * it is free, moves data itself for a moment (which saves two context switches for small operations), and leaves the rest to
+ * the thread. Before the owner leaves, the engine is armed: what comes later rings the doorbell, so nobody polls.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "engine.h"
+
+enum {
+    LOCK_FREE = 0,
+    LOCK_HELD = 1,
+    LOCK_WANTED = 2, /* held, and somebody sleeps until it is free */
+    MAX_EVENTS = 64,
+    DOORBELL = -1 /* among epoll's tags, which else are peers */
+};
+
+struct cl_runtime {
+    atomic_int lock;
+    atomic_int *sleeping;
+    atomic_int own_sleeping; /* used where there is no shared memory */
+    int doorbell, own_doorbell, epoll;
+    uint32_t *interest; /* per peer: what epoll waits for */
+    pthread_t thread;
+    bool running;
+    bool ticks; /* some link wants to know the time */
+    double next_tick_s;
+    atomic_int stopping; /* the thread is to end; links are closed after it */
+};
+
+static void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static long futex(atomic_int *word, int operation, int value, const struct timespec *timeout)
+{
+    return syscall(SYS_futex, word, operation | FUTEX_PRIVATE_FLAG, value, timeout, NULL, 0);
+}
+
+static bool try_lock(struct cl_runtime *runtime)
+{
+    int expected = LOCK_FREE;
+    return atomic_compare_exchange_strong_explicit(&runtime->lock, &expected, LOCK_HELD, memory_order_acquire,
+                                                   memory_order_relaxed);
+}
+
+static void lock(struct cl_runtime *runtime)
+{
+    if (try_lock(runtime))
+        return;
+    while (atomic_exchange_explicit(&runtime->lock, LOCK_WANTED, memory_order_acquire) != LOCK_FREE)
+        futex(&runtime->lock, FUTEX_WAIT, LOCK_WANTED, NULL);
+}
+
+static void unlock(struct cl_runtime *runtime)
+{
+    if (atomic_exchange_explicit(&runtime->lock, LOCK_FREE, memory_order_release) == LOCK_WANTED)
+        futex(&runtime->lock, FUTEX_WAKE, 1, NULL);
+}
+
+static void ring_own(struct cl_runtime *runtime)
+{
+    atomic_store(runtime->sleeping, 1);
+    cl_ring(runtime->sleeping, runtime->doorbell);
+}
+
+/* ---- owning -------------------------------------------------------------------------------------------------- */
+
+/* With the lock: everything that can be done now, and a short time longer while somebody waits for something. */
+static void drive(cl_engine *engine, const cl_operation *until, double deadline_s)
+{
+    struct cl_runtime *runtime = engine->runtime;
+    double idle_since_s = cl_engine_now(engine), spin_s = 1e-6 * engine->settings.spin_us;
+    for (;;) {
+        int events = cl_engine_progress(engine);
+        if (until != NULL && atomic_load_explicit(&until->done, memory_order_relaxed))
+            return;
+        double now_s = cl_engine_now(engine);
+        if (runtime->ticks && now_s >= runtime->next_tick_s) {
+            runtime->next_tick_s = now_s + 0.5e-3 * engine->settings.heartbeat_ms;
+            cl_engine_tick(engine);
+        }
+        if (now_s >= deadline_s || atomic_load_explicit(&runtime->stopping, memory_order_relaxed))
+            return;
+        if (events > 0) {
+            idle_since_s = now_s;
+            continue;
+        }
+        bool waiting = until != NULL || atomic_load_explicit(&engine->unfinished, memory_order_relaxed) > 0;
+        if (!waiting || now_s - idle_since_s >= spin_s)
+            return;
+        relax();
+    }
+}
+
+static void update_interest(cl_engine *engine, int32_t peer)
+{
+    struct cl_runtime *runtime = engine->runtime;
+    cl_link *link = engine->peers[peer].link;
+    uint32_t events = 0;
+    int descriptor = link->transport->pollfd(link, &events);
+    if (descriptor < 0 || events == runtime->interest[peer])
+        return;
+    struct epoll_event event = {.events = events, .data.u64 = (uint64_t)(int64_t)peer};
+    int change = runtime->interest[peer] == 0 ? EPOLL_CTL_ADD : EPOLL_CTL_MOD;
+    if (epoll_ctl(runtime->epoll, change, descriptor, &event) == 0)
+        runtime->interest[peer] = events;
+}
+
+/* True: whatever happens next rings the doorbell or wakes epoll. False: there is more to do now. */
+static bool arm(cl_engine *engine)
+{
+    bool quiet = true;
+    atomic_store(engine->runtime->sleeping, 1);
+    for (int32_t r = 0; r < engine->size; r++) {
+        cl_peer *peer = &engine->peers[r];
+        if (peer->link == NULL || peer->lost)
+            continue;
+        quiet &= peer->link->transport->arm(peer->link) == CL_OK;
+        update_interest(engine, r);
+    }
+    return quiet && !cl_engine_has_submissions(engine);
+}
+
+static void disarm(cl_engine *engine)
+{
+    atomic_store_explicit(engine->runtime->sleeping, 0, memory_order_relaxed);
+    for (int32_t r = 0; r < engine->size; r++)
+        if (engine->peers[r].link != NULL && !engine->peers[r].lost)
+            engine->peers[r].link->transport->disarm(engine->peers[r].link);
+}
+
+/* ---- the thread ---------------------------------------------------------------------------------------------- */
+
+/* A dead process may have said its last words: they are read first, since a goodbye makes its death no failure. */
+static void on_death(cl_engine *engine, int32_t rank)
+{
+    cl_peer *peer = &engine->peers[rank];
+    if (peer->link == NULL)
+        return;
+    epoll_ctl(engine->runtime->epoll, EPOLL_CTL_DEL, cl_shm_pidfd(peer->link), NULL);
+    while (!peer->lost && peer->link->transport->progress(peer->link) > 0)
+        ;
+    cl_engine_lost(engine, rank, "its process died", true);
+}
+
+static void stop_polling(cl_engine *engine, int32_t rank)
+{
+    uint32_t events;
+    cl_link *link = engine->peers[rank].link;
+    int descriptor = link == NULL ? -1 : link->transport->pollfd(link, &events);
+    if (descriptor >= 0 && engine->runtime->interest[rank] != 0) {
+        epoll_ctl(engine->runtime->epoll, EPOLL_CTL_DEL, descriptor, NULL);
+        engine->runtime->interest[rank] = 0;
+    }
+}
+
+static void on_event(cl_engine *engine, int64_t tag)
+{
+    uint64_t count;
+    if (tag == DOORBELL)
+        while (read(engine->runtime->doorbell, &count, sizeof count) < 0 && errno == EINTR)
+            ;
+    else if (cl_shm_pidfd(engine->peers[tag].link) >= 0)
+        on_death(engine, (int32_t)tag);
+    else if (engine->peers[tag].lost)
+        stop_polling(engine, (int32_t)tag);
+}
+
+static int sleep_ms(const cl_engine *engine)
+{
+    return engine->runtime->ticks ? (int)engine->settings.heartbeat_ms / 2 + 1 : -1;
+}
+
+static void *run(void *argument)
+{
+    cl_engine *engine = argument;
+    struct cl_runtime *runtime = engine->runtime;
+    struct epoll_event events[MAX_EVENTS];
+    bool quiet = false;
+    while (!atomic_load_explicit(&runtime->stopping, memory_order_acquire)) {
+        int count = epoll_wait(runtime->epoll, events, MAX_EVENTS, quiet ? sleep_ms(engine) : 0);
+        lock(runtime);
+        disarm(engine);
+        for (int i = 0; i < count; i++)
+            on_event(engine, (int64_t)events[i].data.u64);
+        drive(engine, NULL, 1e300);
+        quiet = arm(engine);
+        unlock(runtime);
+    }
+    return NULL;
+}
+
+/* Pidfds stay in epoll for good; sockets come and change with update_interest. */
+static int watch(cl_engine *engine)
+{
+    struct cl_runtime *runtime = engine->runtime;
+    struct epoll_event event = {.events = EPOLLIN, .data.u64 = (uint64_t)(int64_t)DOORBELL};
+    if (epoll_ctl(runtime->epoll, EPOLL_CTL_ADD, runtime->doorbell, &event) != 0)
+        return CL_SYSTEM;
+    for (int32_t r = 0; r < engine->size; r++) {
+        cl_link *link = engine->peers[r].link;
+        if (link == NULL)
+            continue;
+        runtime->ticks |= link->transport->tick != NULL;
+        event.data.u64 = (uint64_t)(int64_t)r;
+        int pidfd = cl_shm_pidfd(link);
+        if (pidfd >= 0 && epoll_ctl(runtime->epoll, EPOLL_CTL_ADD, pidfd, &event) != 0)
+            return CL_SYSTEM;
+    }
+    return CL_OK;
+}
+
+static void wake_thread(cl_engine *engine)
+{
+    cl_ring(engine->runtime->sleeping, engine->runtime->doorbell);
+}
+
+static int start_thread(cl_engine *engine)
+{
+    sigset_t all, before; /* signals belong to the program's own threads */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int failed = pthread_create(&engine->runtime->thread, NULL, run, engine);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    engine->runtime->running = failed == 0;
+    return failed == 0 ? CL_OK : CL_SYSTEM;
+}
+
+static void close_descriptors(struct cl_runtime *runtime)
+{
+    if (runtime != NULL && runtime->epoll >= 0)
+        close(runtime->epoll);
+    if (runtime != NULL && runtime->own_doorbell >= 0)
+        close(runtime->own_doorbell);
+}
+
+void cl_runtime_free(cl_engine *engine)
+{
+    if (engine->runtime != NULL)
+        free(engine->runtime->interest);
+    free(engine->runtime);
+    engine->runtime = NULL;
+}
+
+int cl_engine_start(cl_engine *engine)
+{
+    if (engine->runtime != NULL || engine->leaving)
+        return CL_INVALID;
+    struct cl_runtime *runtime = calloc(1, sizeof(struct cl_runtime));
+    if (runtime == NULL)
+        return CL_NO_MEMORY;
+    runtime->own_doorbell = -1;
+    runtime->epoll = epoll_create1(EPOLL_CLOEXEC);
+    runtime->interest = calloc((size_t)engine->size, sizeof(uint32_t));
+    if (!cl_shm_doorbell(engine, &runtime->sleeping, &runtime->doorbell)) {
+        runtime->sleeping = &runtime->own_sleeping;
+        runtime->doorbell = runtime->own_doorbell = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    }
+    cl_shm_close_memfd(engine);
+    engine->runtime = runtime;
+    int status = runtime->epoll < 0 || runtime->doorbell < 0 ? CL_SYSTEM : CL_OK;
+    if (runtime->interest == NULL)
+        status = CL_NO_MEMORY;
+    if (status == CL_OK)
+        status = watch(engine);
+    if (status == CL_OK)
+        status = start_thread(engine);
+    if (status != CL_OK) {
+        close_descriptors(runtime);
+        cl_runtime_free(engine);
+        return status;
+    }
+    engine->wake = wake_thread;
+    return CL_OK;
+}
+
+/* ---- callers ------------------------------------------------------------------------------------------------- */
+
+/* After the end nobody owns the engine: who still submits makes the operation fail himself. */
+static void fail_submissions(cl_engine *engine)
+{
+    if (engine->runtime != NULL)
+        lock(engine->runtime);
+    cl_engine_flush(engine);
+    if (engine->runtime != NULL)
+        unlock(engine->runtime);
+}
+
+int cl_submit(cl_engine *engine, const cl_request *request, cl_operation **out)
+{
+    cl_operation *operation;
+    if (atomic_load_explicit(&engine->forked, memory_order_relaxed))
+        return CL_FORKED;
+    CL_TRY(cl_operation_new(engine, request, &operation));
+    cl_operation_hold(operation); /* one for the caller, one for the engine */
+    *out = operation;
+    atomic_fetch_add_explicit(&engine->unfinished, 1, memory_order_relaxed);
+    cl_operation *head = atomic_load_explicit(&engine->inbox, memory_order_relaxed);
+    do
+        operation->inbox_next = head;
+    while (!atomic_compare_exchange_weak(&engine->inbox, &head, operation));
+    if (engine->wake != NULL && !request->lazy)
+        engine->wake(engine);
+    if (atomic_load(&engine->ended))
+        fail_submissions(engine);
+    return CL_OK;
+}
+
+int cl_operation_ready(cl_operation *operation, uint32_t first, uint32_t end)
+{
+    cl_engine *engine = operation->engine;
+    if (!operation->request.gated || first > end || end > operation->nsegments)
+        return CL_INVALID;
+    if (atomic_load(&operation->done))
+        return CL_OK;
+    for (uint32_t s = first; s < end; s++)
+        atomic_store_explicit(&operation->gates[s], 1, memory_order_release);
+    if (atomic_exchange(&operation->gate_queued, 1) == 0) {
+        cl_operation_hold(operation);
+        cl_operation *head = atomic_load_explicit(&engine->gate_inbox, memory_order_relaxed);
+        do
+            operation->gate_next = head;
+        while (!atomic_compare_exchange_weak(&engine->gate_inbox, &head, operation));
+    }
+    if (engine->wake != NULL)
+        engine->wake(engine);
+    return CL_OK;
+}
+
+void cl_runtime_completed(cl_operation *operation)
+{
+    atomic_fetch_sub_explicit(&operation->engine->unfinished, 1, memory_order_relaxed);
+    atomic_store(&operation->done, 1);
+    if (atomic_load(&operation->waiters) > 0)
+        futex(&operation->done, FUTEX_WAKE, INT_MAX, NULL);
+}
+
+static void sleep_until_done(cl_operation *operation, double left_s)
+{
+    struct timespec timeout = {(time_t)left_s, (long)(1e9 * (left_s - (double)(time_t)left_s))};
+    atomic_fetch_add(&operation->waiters, 1);
+    if (!atomic_load(&operation->done))
+        futex(&operation->done, FUTEX_WAIT, 0, &timeout);
+    atomic_fetch_sub(&operation->waiters, 1);
+}
+
+/* Moves data as the owner, if nobody else does. */
+static void help(cl_engine *engine, const cl_operation *operation, double deadline_s)
+{
+    if (!try_lock(engine->runtime))
+        return;
+    if (atomic_load(&engine->ended)) {
+        unlock(engine->runtime);
+        return;
+    }
+    disarm(engine);
+    drive(engine, operation, deadline_s);
+    if (!arm(engine))
+        ring_own(engine->runtime);
+    unlock(engine->runtime);
+}
+
+int cl_operation_wait(cl_operation *operation, int32_t timeout_ms)
+{
+    cl_engine *engine = operation->engine;
+    if (atomic_load_explicit(&operation->done, memory_order_acquire))
+        return operation->status;
+    if (atomic_load_explicit(&engine->forked, memory_order_relaxed))
+        return CL_FORKED;
+    double now_s = cl_engine_now(engine), deadline_s = now_s + 1e-3 * (timeout_ms < 0 ? 0 : timeout_ms);
+    while (engine->runtime != NULL) {
+        help(engine, operation, deadline_s);
+        if (atomic_load_explicit(&operation->done, memory_order_acquire))
+            return operation->status;
+        now_s = cl_engine_now(engine);
+        if (now_s >= deadline_s)
+            break;
+        sleep_until_done(operation, deadline_s - now_s);
+        if (atomic_load_explicit(&operation->done, memory_order_acquire))
+            return operation->status;
+    }
+    return CL_AGAIN;
+}
+
+int cl_operation_done(cl_operation *operation)
+{
+    return atomic_load_explicit(&operation->done, memory_order_acquire);
+}
+
+int cl_operation_status(cl_operation *operation, const char **text, int32_t *peer)
+{
+    bool done = atomic_load_explicit(&operation->done, memory_order_acquire);
+    *text = done ? operation->error : "";
+    *peer = done ? operation->blamed : -1;
+    return done ? operation->status : CL_AGAIN;
+}
+
+int cl_operation_result(cl_operation *operation, void **address, uint64_t *count, const uint64_t **member_counts)
+{
+    if (!atomic_load_explicit(&operation->done, memory_order_acquire))
+        return CL_AGAIN;
+    *address = operation->result;
+    *count = operation->result_count;
+    *member_counts = operation->member_counts;
+    return operation->status;
+}
+
+void cl_operation_times(cl_operation *operation, double *submitted, double *started, double *done, uint32_t *segments)
+{
+    bool finished = atomic_load_explicit(&operation->done, memory_order_acquire);
+    *submitted = operation->submitted_s;
+    *started = finished ? operation->started_s : -1;
+    *done = finished ? operation->done_s : -1;
+    *segments = finished ? operation->segments_done : 0;
+}
+
+int cl_engine_health(cl_engine *engine, const char **text, int32_t *peer)
+{
+    if (engine->runtime != NULL)
+        lock(engine->runtime);
+    *text = engine->health_text;
+    *peer = engine->blamed;
+    int health = engine->health;
+    if (engine->runtime != NULL)
+        unlock(engine->runtime);
+    return health;
+}
+
+void cl_engine_stats(cl_engine *engine, cl_stats *stats)
+{
+    if (engine->runtime != NULL)
+        lock(engine->runtime);
+    *stats = engine->stats;
+    if (engine->runtime != NULL)
+        unlock(engine->runtime);
+}
+
+/* ---- the end ------------------------------------------------------------------------------------------------- */
+
+static void flush_links(cl_engine *engine, double deadline_s)
+{
+    const struct timespec pause = {0, 50000};
+    while (cl_engine_pending(engine) > 0 && cl_engine_now(engine) < deadline_s)
+        if (cl_engine_progress(engine) == 0)
+            nanosleep(&pause, NULL); /* only at the end of a life: not worth arming */
+}
+
+int cl_engine_shutdown(cl_engine *engine, int32_t linger_ms)
+{
+    struct cl_runtime *runtime = engine->runtime;
+    if (atomic_load_explicit(&engine->forked, memory_order_relaxed))
+        return CL_FORKED;
+    if (atomic_load(&engine->ended))
+        return CL_OK;
+    if (runtime != NULL)
+        lock(runtime);
+    cl_engine_leave(engine);
+    flush_links(engine, cl_engine_now(engine) + 1e-3 * linger_ms);
+    if (runtime != NULL) {
+        atomic_store(&runtime->stopping, 1);
+        unlock(runtime);
+        if (runtime->running)
+            ring_own(runtime);
+        if (runtime->running)
+            pthread_join(runtime->thread, NULL);
+    }
+    if (runtime != NULL)
+        lock(runtime);
+    cl_engine_close_links(engine);
+    close_descriptors(runtime);
+    atomic_store(&engine->ended, 1);
+    cl_engine_flush(engine); /* what was submitted meanwhile fails */
+    if (runtime != NULL)
+        unlock(runtime);
+    return CL_OK;
+}
+
+void cl_engine_forked(cl_engine *engine)
+{
+    atomic_store(&engine->forked, 1);
+    if (engine->runtime != NULL)
+        close(engine->runtime->epoll);
+    if (engine->runtime != NULL && engine->runtime->own_doorbell >= 0)
+        close(engine->runtime->own_doorbell);
+    for (int32_t r = 0; r < engine->size; r++)
+        if (engine->peers[r].link != NULL)
+            engine->peers[r].link->transport->forked(engine->peers[r].link);
+}
