@@ -3,8 +3,8 @@
 This file knows chunks, link classes and seconds. It must not know algorithms by name, and measures nothing itself.
 
 The model. A message of m bytes from a to b:
-  1. is sent when its send's dependencies are done, a's sending port is free, and b has granted it; of several such sends
-     of a rank the first in the list goes first;
+  1. is sent when its send's dependencies are done, a's sending port is free, and b has granted it; of several such
+     sends of a rank the first in the list goes first;
   2. is granted by b when every step that the receive depends on has begun, and so has every send to a that is listed
      before it; the grant itself takes no time (a small message travels without one, a large one does not feel it);
   3. keeps a's sending port busy for m beta, and begins to come in alpha after it was sent;

@@ -1,7 +1,7 @@
 """Plans: what one rank sends, receives and reduces, as a list of steps over chunks.
 
 This file knows ranks, chunks and the order that steps impose on each other. It must not know bytes, dtypes, pointers,
-links or time: one plan serves every message size, and four readers (verify, cost, engine, simulator) read the same plan.
+links or time: one plan serves every message size, and four readers (verify, cost, engine, simulator) read it.
 """
 from __future__ import annotations
 
@@ -137,9 +137,9 @@ class Plan:
     def dependencies(self) -> Tuple[Tuple[int, ...], ...]:
         """For each step, the earlier steps that must be done before it.
 
-        Step j depends on the earlier step i if their chunk ranges overlap and at least one of them writes. Listed are only
-        the nearest ones (per chunk: the last write, and for a writing step also the reads since); the others follow,
-        because those depend on them in turn.
+        Step j depends on the earlier step i if their chunk ranges overlap and at least one of them writes. Listed are
+        only the nearest ones (per chunk: the last write, and for a writing step also the reads since); the others
+        follow, because those depend on them in turn.
         """
         last_write: Dict[int, int] = {}
         reads_since: Dict[int, List[int]] = {}
@@ -177,7 +177,8 @@ def placed(steps: Iterable[Step], ranks: Sequence[int], first_chunk: int = 0, wi
         width: how many chunks of the whole make one chunk of the subgroup.
     """
     for step in steps:
-        yield Step(step.kind, ranks[step.peer], first_chunk + step.first_chunk * width, first_chunk + step.end_chunk * width)
+        first, end = first_chunk + step.first_chunk * width, first_chunk + step.end_chunk * width
+        yield Step(step.kind, ranks[step.peer], first, end)
 
 
 class StepId(NamedTuple):

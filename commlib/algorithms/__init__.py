@@ -1,7 +1,7 @@
 """All collective algorithms, in one table per kind of operation.
 
-An algorithm is one file with `applicable(shape)`, `nchunks(shape)`, `steps(rank, shape)` and `terms(shape)`, and one line
-here; the tests, the selection and the documentation find it in these tables. This file knows no algorithm's inside.
+An algorithm is one file with `applicable(shape)`, `nchunks(shape)`, `steps(rank, shape)` and `terms(shape)`, and one
+line here; the tests and the selection find it in these tables. This file knows no algorithm's inside.
 """
 from __future__ import annotations
 
@@ -10,14 +10,37 @@ from types import MappingProxyType, ModuleType
 from typing import Dict, Mapping, Tuple
 
 from ..plan import Plan, Shape
-from . import direct, recursive_doubling, ring
+from . import (
+    allgather_direct,
+    allgather_ring,
+    alltoall_pairwise,
+    barrier_dissemination,
+    binomial,
+    direct,
+    halving_doubling,
+    hierarchical,
+    hierarchical_doubling,
+    recursive_doubling,
+    reducescatter_direct,
+    reducescatter_ring,
+    ring,
+    scatter_allgather,
+)
 
 KINDS: Mapping[str, Mapping[str, ModuleType]] = MappingProxyType({
     "allreduce": MappingProxyType({
         "ring": ring,
         "recursive_doubling": recursive_doubling,
+        "halving_doubling": halving_doubling,
         "direct": direct,
+        "hierarchical": hierarchical,
+        "hierarchical_doubling": hierarchical_doubling,
     }),
+    "broadcast": MappingProxyType({"binomial": binomial, "scatter_allgather": scatter_allgather}),
+    "allgather": MappingProxyType({"ring": allgather_ring, "direct": allgather_direct}),
+    "reducescatter": MappingProxyType({"ring": reducescatter_ring, "direct": reducescatter_direct}),
+    "alltoall": MappingProxyType({"pairwise": alltoall_pairwise}),
+    "barrier": MappingProxyType({"dissemination": barrier_dissemination}),
 })
 
 

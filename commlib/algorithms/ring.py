@@ -4,8 +4,8 @@ Paper: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters
 Comput. 69 (2009).
 
 The buffer is cut into one chunk per rank. In each round every rank sends one chunk to its right neighbour and takes one
-from its left. Chunk c starts at rank c + 1, collects a contribution at every hop and is complete at rank c. With 4 ranks
-(a number is a chunk, arrows are what a rank sends):
+from its left. Chunk c starts at rank c + 1, collects a contribution at every hop and is complete at rank c. With 4
+ranks (a number is a chunk, arrows are what a rank sends):
 
     reduce-scatter   rank 0   rank 1   rank 2   rank 3        all-gather   rank 0   rank 1   rank 2   rank 3
       round 0          3->      0->      1->      2->           round 3      0->      1->      2->      3->
