@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "engine.h"
 
@@ -54,6 +55,19 @@ void cl_engine_attach(cl_engine *engine, int32_t peer, cl_link *link)
     link->owner = engine;
     link->peer = peer;
     engine->peers[peer].link = link;
+}
+
+int cl_tcp_attach(cl_engine *engine, int32_t peer, int socket)
+{
+    cl_link *link;
+    bool sound = peer >= 0 && peer < engine->size && peer != engine->rank && engine->peers[peer].link == NULL;
+    if (!sound) {
+        close(socket);
+        return CL_INVALID;
+    }
+    CL_TRY(cl_tcp_link_new(socket, &engine->settings, &link));
+    cl_engine_attach(engine, peer, link);
+    return CL_OK;
 }
 
 double cl_engine_now(cl_engine *engine)

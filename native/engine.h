@@ -46,7 +46,7 @@ typedef struct {
     int32_t rank;
     uint32_t nsends, nrecvs;
     uint32_t *sends, *recvs; /* indices of steps */
-    uint32_t initial_grant;  /* leading receives that depend on nothing */
+    uint32_t initial_grant;  /* leading receives that wait for nothing but sends that are open from the start */
     bool sends_first;        /* the first step with this peer is a send: metadata may travel with it */
 } cl_plan_peer;
 
@@ -78,6 +78,9 @@ typedef struct {
     bool active;          /* its gate is open */
     uint32_t remaining;   /* steps not done */
     uint32_t *waiting;    /* per step: unmet dependencies; NULL before the start and after the end */
+    uint32_t *blocked;    /* per step: of these, the ones that are not sends already open. A receive that waits for nothing
+                             but such sends may be granted: its bytes are staged until the sends have left, so that two
+                             ranks that exchange the same chunk do not wait for each other */
     uint8_t *state;       /* per step: cl_step_state */
     uint32_t *granted_out; /* per plan peer: sends that the peer can take */
     uint32_t *granted_in; /* per plan peer: receives that we have granted, or could */
@@ -242,6 +245,8 @@ void cl_operation_on_post(cl_operation *operation, int32_t peer, const cl_frame 
 void cl_operation_on_grant(cl_operation *operation, int32_t peer, const cl_frame *frame);
 /* The step that a data frame feeds if it can be taken right now, else CL_AGAIN. */
 int cl_operation_accepts(cl_operation *operation, int32_t peer, const cl_frame *frame, uint32_t *step);
+/* True if the frame was granted: it may come before its step can take it, and is staged then. */
+bool cl_operation_granted(const cl_operation *operation, int32_t peer, const cl_frame *frame);
 uint8_t *cl_operation_place(const cl_operation *operation, uint32_t segment, uint32_t step);
 void cl_operation_apply(cl_operation *operation, uint32_t step, uint8_t *place, size_t offset, const void *data, size_t nbytes);
 void cl_operation_step_done(cl_operation *operation, uint32_t segment, uint32_t step);
@@ -266,6 +271,8 @@ void cl_control_fail_everywhere(cl_operation *operation, int status, int32_t bla
 extern const cl_sink cl_engine_sink;
 void cl_engine_replay(cl_engine *engine, cl_operation *operation);
 void cl_kept_free(cl_kept *kept);
+/* Gives back the eager budget that a frame took. */
+void cl_engine_return_credit(cl_engine *engine, int32_t peer, const cl_frame *frame);
 void cl_incoming_drop(cl_engine *engine, const cl_operation *operation);
 void cl_outgoing_push(cl_outgoing_queue *queue, cl_outgoing *outgoing);
 cl_outgoing *cl_outgoing_pop(cl_outgoing_queue *queue);

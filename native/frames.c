@@ -2,7 +2,8 @@
  * frames.c: what comes in over the links, matched with operations by key and never by order.
  *
  * A frame for an operation that is not posted (or not started) here is kept and replayed at its start. Only eager data
- * can come that early, within the sender's budget, so what is kept is bounded.
+ * can come that early, within the sender's budget, so what is kept is bounded. Granted data may have to be staged
+ * until a send of the same chunk has left: at most one segment's bytes for each segment.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -44,7 +45,7 @@ static void keep_early(cl_engine *engine, cl_kept *kept)
     }
 }
 
-static void return_credit(cl_engine *engine, int32_t peer, const cl_frame *frame)
+void cl_engine_return_credit(cl_engine *engine, int32_t peer, const cl_frame *frame)
 {
     if (frame->type != CL_FRAME_DATA || !(frame->flags & CL_FLAG_EAGER))
         return;
@@ -135,7 +136,7 @@ static void dispatch(cl_engine *engine, cl_operation *operation, cl_kept *kept)
 {
     if (!matches(operation, &kept->frame)) {
         int32_t peer = kept->peer;
-        return_credit(engine, peer, &kept->frame);
+        cl_engine_return_credit(engine, peer, &kept->frame);
         cl_kept_free(kept);
         cl_control_mismatch(operation, peer);
         return;
@@ -154,7 +155,7 @@ void cl_engine_replay(cl_engine *engine, cl_operation *operation)
         cl_kept *kept = next;
         next = kept->next;
         if (atomic_load_explicit(&operation->done, memory_order_relaxed)) {
-            return_credit(engine, kept->peer, &kept->frame);
+            cl_engine_return_credit(engine, kept->peer, &kept->frame);
             cl_kept_free(kept);
         } else if (can_handle(operation, &kept->frame)) {
             dispatch(engine, operation, kept);
@@ -205,7 +206,7 @@ static uint8_t *begin_data(cl_engine *engine, cl_peer *peer, int32_t rank, const
         peer->place = cl_operation_place(operation, frame->segment, peer->step);
         return operation->plan->steps[peer->step].kind == CL_RECV ? peer->place : NULL;
     }
-    if (frame->flags & CL_FLAG_EAGER)
+    if (frame->flags & CL_FLAG_EAGER || (operation != NULL && cl_operation_granted(operation, rank, frame)))
         return begin_keeping(engine, peer, rank, frame);
     protocol_error(engine, rank);
     return NULL;
@@ -239,10 +240,10 @@ static void on_piece(void *owner, cl_link *link, const cl_frame *frame, size_t o
 static void end_data(cl_engine *engine, cl_peer *peer, int32_t rank, const cl_frame *frame, cl_kept *kept)
 {
     if (kept == NULL) {
-        return_credit(engine, rank, frame);
+        cl_engine_return_credit(engine, rank, frame);
         return;
     }
-    engine->stats.eager_kept++;
+    engine->stats.eager_kept += (frame->flags & CL_FLAG_EAGER) != 0;
     cl_operation *operation = cl_engine_find(engine, frame->key);
     if (can_handle(operation, frame))
         dispatch(engine, operation, kept);
@@ -256,7 +257,7 @@ static void end_applied(cl_engine *engine, cl_peer *peer, int32_t rank, const cl
     cl_operation *operation = peer->operation;
     peer->mode = CL_INCOMING_DISCARD;
     peer->operation = NULL;
-    return_credit(engine, rank, frame);
+    cl_engine_return_credit(engine, rank, frame);
     cl_operation_hold(operation);
     cl_operation_step_done(operation, frame->segment, peer->step);
     cl_operation_release(operation);

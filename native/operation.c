@@ -54,6 +54,11 @@ static cl_frame frame_of(const cl_operation *operation, uint8_t type, uint32_t s
     return (cl_frame){.key = operation->request.key, .type = type, .segment = segment, .meta = operation->meta};
 }
 
+static uint32_t first_dependent(const cl_plan *plan, uint32_t step)
+{
+    return step == 0 ? 0 : plan->dependents_end[step - 1];
+}
+
 /* ---- steps --------------------------------------------------------------------------------------------------- */
 
 static void step_done(cl_operation *operation, uint32_t s, uint32_t step);
@@ -109,7 +114,7 @@ static void grant(cl_operation *operation, uint32_t s, uint32_t p)
     cl_segment *segment = &operation->segments[s];
     const cl_plan_peer *peer = plan_peer(operation, p);
     uint32_t before = segment->granted_in[p];
-    while (segment->granted_in[p] < peer->nrecvs && segment->state[peer->recvs[segment->granted_in[p]]] != CL_STEP_WAITING)
+    while (segment->granted_in[p] < peer->nrecvs && segment->blocked[peer->recvs[segment->granted_in[p]]] == 0)
         segment->granted_in[p]++;
     if (segment->granted_in[p] == before || (operation->eager && !operation->wants[p]))
         return;
@@ -135,10 +140,21 @@ static cl_kept *take_kept(cl_operation *operation, uint32_t s, uint32_t step)
 static void use_kept(cl_operation *operation, uint32_t s, uint32_t step, cl_kept *kept)
 {
     cl_operation_apply(operation, step, cl_operation_place(operation, s, step), 0, kept->data, kept->frame.nbytes);
-    operation->engine->peers[kept->peer].eager_returnable += kept->frame.nbytes;
-    cl_engine_touch(operation->engine, kept->peer);
+    cl_engine_return_credit(operation->engine, kept->peer, &kept->frame);
     cl_kept_free(kept);
     step_done(operation, s, step);
+}
+
+/* The dependents of a step are no longer blocked by it: a send that has opened, or a receive that is done. */
+static void unblock_dependents(cl_operation *operation, uint32_t s, uint32_t step)
+{
+    const cl_plan *plan = operation->plan;
+    cl_segment *segment = &operation->segments[s];
+    for (uint32_t d = first_dependent(plan, step); d < plan->dependents_end[step]; d++) {
+        uint32_t dependent = plan->dependents[d];
+        if (--segment->blocked[dependent] == 0 && plan->steps[dependent].kind != CL_SEND)
+            grant(operation, s, plan->peer_of[dependent]);
+    }
 }
 
 static void open_step(cl_operation *operation, uint32_t s, uint32_t step)
@@ -146,8 +162,8 @@ static void open_step(cl_operation *operation, uint32_t s, uint32_t step)
     cl_segment *segment = &operation->segments[s];
     bool receives = operation->plan->steps[step].kind != CL_SEND;
     segment->state[step] = CL_STEP_OPEN;
-    if (receives)
-        grant(operation, s, operation->plan->peer_of[step]);
+    if (!receives)
+        unblock_dependents(operation, s, step);
     if (step_count(operation, s, step) == 0) {
         step_done(operation, s, step); /* both sides know that nothing travels */
         return;
@@ -191,8 +207,9 @@ static void step_done(cl_operation *operation, uint32_t s, uint32_t step)
     cl_segment *segment = &operation->segments[s];
     segment->state[step] = CL_STEP_DONE;
     segment->remaining--;
-    uint32_t begin = step == 0 ? 0 : plan->dependents_end[step - 1];
-    for (uint32_t d = begin; d < plan->dependents_end[step]; d++) {
+    if (plan->steps[step].kind != CL_SEND)
+        unblock_dependents(operation, s, step);
+    for (uint32_t d = first_dependent(plan, step); d < plan->dependents_end[step]; d++) {
         uint32_t dependent = plan->dependents[d];
         if (--segment->waiting[dependent] == 0)
             open_step(operation, s, dependent);
@@ -234,16 +251,18 @@ static void contribute(cl_operation *operation, uint32_t s)
 static int allocate_segment(const cl_operation *operation, cl_segment *segment)
 {
     const cl_plan *plan = operation->plan;
-    size_t words = (size_t)plan->nsteps + 2 * (size_t)plan->npeers;
+    size_t words = 2 * ((size_t)plan->nsteps + (size_t)plan->npeers);
     uint32_t *block = calloc(words + (plan->nsteps + 3) / sizeof(uint32_t) + 1, sizeof(uint32_t));
     if (block == NULL)
         return CL_NO_MEMORY;
     segment->waiting = block;
-    segment->granted_out = block + plan->nsteps;
+    segment->blocked = block + plan->nsteps;
+    segment->granted_out = segment->blocked + plan->nsteps;
     segment->granted_in = segment->granted_out + plan->npeers;
     segment->state = (uint8_t *)(segment->granted_in + plan->npeers);
     segment->remaining = plan->nsteps;
     memcpy(segment->waiting, plan->needs, plan->nsteps * sizeof(uint32_t));
+    memcpy(segment->blocked, plan->needs, plan->nsteps * sizeof(uint32_t));
     return CL_OK;
 }
 
@@ -258,9 +277,13 @@ static void activate(cl_operation *operation, uint32_t s)
     for (uint32_t p = 0; p < plan->npeers; p++) /* told by announce() for all open segments at once */
         if (!operation->started)
             segment->granted_in[p] = plan->peers[p].initial_grant;
-    for (uint32_t i = 0; i < plan->nsteps && segment->waiting != NULL; i++)
-        if (plan->needs[i] == 0)
-            open_step(operation, s, i);
+    for (uint32_t i = 0; i < plan->nsteps && segment->waiting != NULL; i++) {
+        if (plan->needs[i] != 0)
+            continue;
+        if (plan->steps[i].kind != CL_SEND)
+            grant(operation, s, plan->peer_of[i]);
+        open_step(operation, s, i);
+    }
     if (plan->nsteps == 0)
         finish_segment(operation, s);
 }
@@ -385,6 +408,16 @@ int cl_operation_accepts(cl_operation *operation, int32_t peer, const cl_frame *
     return step_nbytes(operation, s, *step) == frame->nbytes ? CL_OK : CL_INVALID;
 }
 
+bool cl_operation_granted(const cl_operation *operation, int32_t peer, const cl_frame *frame)
+{
+    uint32_t p;
+    if (!operation->started || find_peer(operation, peer, &p) != CL_OK || frame->segment >= operation->nsegments)
+        return false;
+    const cl_segment *segment = &operation->segments[frame->segment];
+    return segment->active && segment->waiting != NULL && frame->step < segment->granted_in[p] &&
+           segment->state[plan_peer(operation, p)->recvs[frame->step]] == CL_STEP_WAITING;
+}
+
 void cl_operation_apply(cl_operation *operation, uint32_t step, uint8_t *place, size_t offset, const void *data, size_t nbytes)
 {
     const cl_request *r = &operation->request;
@@ -450,8 +483,7 @@ static void drop_kept(cl_operation *operation)
     while (operation->kept != NULL) {
         cl_kept *kept = operation->kept;
         operation->kept = kept->next;
-        operation->engine->peers[kept->peer].eager_returnable += kept->frame.nbytes;
-        cl_engine_touch(operation->engine, kept->peer);
+        cl_engine_return_credit(operation->engine, kept->peer, &kept->frame);
         cl_kept_free(kept);
     }
 }

@@ -177,13 +177,23 @@ static int find_peers(cl_plan *plan)
     return CL_OK;
 }
 
-static void find_initial_grants(cl_plan *plan)
+/* What is granted at the start: see cl_segment.blocked. */
+static int find_initial_grants(cl_plan *plan)
 {
+    uint32_t *blocked = calloc(plan->nsteps + 1, sizeof(uint32_t));
+    if (blocked == NULL)
+        return CL_NO_MEMORY;
+    memcpy(blocked, plan->needs, plan->nsteps * sizeof(uint32_t));
+    for (uint32_t i = 0; i < plan->nsteps; i++)
+        for (uint32_t d = i == 0 ? 0 : plan->dependents_end[i - 1]; d < plan->dependents_end[i]; d++)
+            blocked[plan->dependents[d]] -= plan->needs[i] == 0 && plan->steps[i].kind == CL_SEND;
     for (uint32_t p = 0; p < plan->npeers; p++) {
         cl_plan_peer *peer = &plan->peers[p];
-        while (peer->initial_grant < peer->nrecvs && plan->needs[peer->recvs[peer->initial_grant]] == 0)
+        while (peer->initial_grant < peer->nrecvs && blocked[peer->recvs[peer->initial_grant]] == 0)
             peer->initial_grant++;
     }
+    free(blocked);
+    return CL_OK;
 }
 
 static bool valid(const cl_step *step, int32_t nchunks, int32_t inputs)
@@ -217,11 +227,12 @@ int cl_plan_new(const cl_step *steps, size_t nsteps, int32_t nchunks, int32_t in
         status = find_peers(plan);
     if (status == CL_OK)
         status = infer_dependencies(plan);
+    if (status == CL_OK)
+        status = find_initial_grants(plan);
     if (status != CL_OK) {
         cl_plan_free(plan);
         return status;
     }
-    find_initial_grants(plan);
     *out = plan;
     return CL_OK;
 }
