@@ -1,0 +1,60 @@
+"""commlib for PyTorch: two lines make a training script train on all ranks, with communication hidden behind compute.
+
+    import commlib.torch as comm
+    comm.init()
+    optimizer = comm.DistributedOptimizer(optimizer, model=model)
+
+Names, arguments and defaults are Horovod's: `import commlib.torch as hvd` runs a script written for it.
+"""
+
+import commlib
+from commlib import (
+    Average, CommlibError, Max, Min, Product, Sum, cross_rank, cross_size, is_homogeneous, is_initialized, local_rank,
+    local_size, rank, shutdown, size, stop_timeline,
+)  # fmt: skip
+from commlib.torch.collectives import (
+    allgather, allreduce, allreduce_, alltoall, barrier, broadcast, broadcast_, reducescatter,
+)  # fmt: skip
+from commlib.torch.limits import Adasum, Compression, ProcessSet, global_process_set
+from commlib.torch.operations import (
+    allgather_async, allreduce_async, allreduce_async_, alltoall_async, broadcast_async, broadcast_async_, poll,
+    reducescatter_async, synchronize,
+)  # fmt: skip
+from commlib.torch.optimizer import DistributedOptimizer
+from commlib.torch.state import allgather_object, broadcast_object, broadcast_optimizer_state, broadcast_parameters
+from commlib.torch.trace import trace_layers
+
+HorovodInternalError = CommlibError
+
+
+def init(comm=None, process_sets=None):
+    """Meets the other ranks; every other function needs it. Does nothing if it was called before.
+
+    Raises:
+        ValueError: comm or process_sets was given: not supported yet.
+        StartError: a rank did not come in time.
+    """
+    if comm is not None or process_sets:
+        raise ValueError("init(comm=..., process_sets=...) is not supported yet: call init() and start ranks with commrun")
+    commlib.init()
+
+
+def start_timeline(file_path, mark_cycles=False):
+    """Records operations of all ranks, to be written as a Chrome trace by stop_timeline(); every rank calls it.
+
+    Args:
+        file_path: open the file in ui.perfetto.dev.
+        mark_cycles: accepted for Horovod's sake; commlib has no cycles to mark.
+    """
+    commlib.start_timeline(file_path)
+
+
+__all__ = [
+    "Adasum", "Average", "CommlibError", "Compression", "DistributedOptimizer", "HorovodInternalError", "Max", "Min",
+    "ProcessSet", "Product", "Sum", "allgather", "allgather_async", "allgather_object", "allreduce", "allreduce_",
+    "allreduce_async", "allreduce_async_", "alltoall", "alltoall_async", "barrier", "broadcast", "broadcast_",
+    "broadcast_async", "broadcast_async_", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters",
+    "cross_rank", "cross_size", "global_process_set", "init", "is_homogeneous", "is_initialized", "local_rank",
+    "local_size", "poll", "rank", "reducescatter", "reducescatter_async", "shutdown", "size", "start_timeline",
+    "stop_timeline", "synchronize", "trace_layers",
+]  # fmt: skip

@@ -1,0 +1,107 @@
+"""Gradients of the collectives, as Horovod defines them.
+
+The loss that a program means is the mean of the ranks' losses. So the gradient of a broadcast or an all-gather is the
+average of what the ranks say; that of a sum is a sum, as each rank's input went into every rank's output.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+import commlib
+from commlib.torch import operations
+
+
+def is_needed(tensor):
+    """Whether autograd wants to know what happens to this tensor."""
+    return isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled()
+
+
+class Allreduce(torch.autograd.Function):
+    """Sum and Average: the same reduction of the gradients."""
+
+    @staticmethod
+    def forward(ctx, tensor, average, name, op, prescale_factor, postscale_factor, process_set):
+        op = operations.op_of(average, op)
+        if op not in (commlib.Average, commlib.Sum):
+            raise ValueError(f"allreduce with op={op!r} is not differentiable: pass tensor.detach()")
+        ctx.arguments = {"op": op, "prescale_factor": prescale_factor, "postscale_factor": postscale_factor}
+        return operations.allreduce_async(tensor, None, name, process_set=process_set, **ctx.arguments).wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return (operations.allreduce_async(gradient, **ctx.arguments).wait(), *[None] * 6)
+
+
+class Broadcast(torch.autograd.Function):
+    """The root's gradient is the average of all; the others' tensors had no influence."""
+
+    @staticmethod
+    def forward(ctx, tensor, root_rank, name, process_set):
+        ctx.root_rank = root_rank
+        return operations.broadcast_async(tensor, root_rank, name, process_set).wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        reduced = operations.allreduce_async(gradient, op=commlib.Average).wait()
+        return (reduced if commlib.rank() == ctx.root_rank else torch.zeros_like(reduced)), None, None, None
+
+
+class Allgather(torch.autograd.Function):
+    """The average of all gradients, of which each rank takes its own rows."""
+
+    @staticmethod
+    def forward(ctx, tensor, name, process_set):
+        ctx.nrows = tensor.shape[0] if tensor.dim() else 0
+        return operations.allgather_async(tensor, name, process_set).wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        reduced = operations.allreduce_async(gradient, op=commlib.Average).wait()
+        nrows = operations.allgather_async(torch.tensor([ctx.nrows])).wait().tolist()
+        return reduced.narrow(0, sum(nrows[: commlib.rank()]), ctx.nrows), None, None
+
+
+class Reducescatter(torch.autograd.Function):
+    """Every rank's rows went into each rank's share: gradients of the shares are gathered."""
+
+    @staticmethod
+    def forward(ctx, tensor, name, op, process_set, prescale_factor, postscale_factor):
+        if op not in (commlib.Average, commlib.Sum):
+            raise ValueError(f"reducescatter with op={op!r} is not differentiable: pass tensor.detach()")
+        ctx.factor = prescale_factor * postscale_factor / (commlib.size() if op is commlib.Average else 1)
+        return operations.reducescatter_async(tensor, name, op, process_set, prescale_factor, postscale_factor).wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return (operations.allgather_async(gradient).wait() * ctx.factor, *[None] * 5)
+
+
+class Alltoall(torch.autograd.Function):
+    """Gradients go back the way that the rows came."""
+
+    @staticmethod
+    def forward(ctx, tensor, splits, name, process_set):
+        received, ctx.received_splits = operations.alltoall_async(tensor, splits, name, process_set).wait()
+        ctx.mark_non_differentiable(ctx.received_splits)
+        ctx.unsent = tensor.shape[0] - sum(splits)
+        return received, ctx.received_splits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient, _):
+        returned, _ = operations.alltoall_async(gradient, ctx.received_splits).wait()
+        return torch.cat([returned, returned.new_zeros(ctx.unsent, *returned.shape[1:])]), None, None, None
+
+
+def alltoall(tensor, splits, name, process_set):
+    """The differentiable all-to-all; without splits, rows are shared evenly and only the tensor is returned."""
+    if splits is not None:
+        return Alltoall.apply(tensor, torch.as_tensor(splits).tolist(), name, process_set)
+    size = commlib.size()
+    if not tensor.dim() or tensor.shape[0] % size:
+        return operations.alltoall_async(tensor, None, name, process_set).wait()  # raises what is wrong
+    return Alltoall.apply(tensor, [tensor.shape[0] // size] * size, name, process_set)[0]

@@ -1,0 +1,109 @@
+"""The collectives that wait, on tensors, with Horovod's names, arguments and defaults; all but the in-place ones differentiable."""
+
+import commlib
+from commlib.torch import autograd
+from commlib.torch.limits import Compression, check_compression, check_process_set, global_process_set
+from commlib.torch.operations import (
+    allgather_async, allreduce_async, allreduce_async_, alltoall_async, broadcast_async, broadcast_async_,
+    reducescatter_async,
+)  # fmt: skip
+
+
+def barrier(process_set=global_process_set):
+    """Returns when all ranks have called it."""
+    check_process_set(process_set)
+    commlib.barrier()
+
+
+def allreduce(tensor, average=None, name=None, compression=Compression.none, op=None, prescale_factor=1.0,
+              postscale_factor=1.0, process_set=global_process_set):  # fmt: skip
+    """Reduces a tensor over all ranks: postscale * op_r(prescale * x_r), on every rank. Differentiable.
+
+    Args:
+        tensor: a CPU tensor of the same shape and dtype on all ranks.
+        average: deprecated: True for op=Average, False for op=Sum.
+        name: matches the operation between ranks; None: by sequence number.
+        compression: Compression.none.
+        op: Average (the default), Sum, Min, Max or Product.
+        prescale_factor, postscale_factor: multiply each contribution, and the result.
+
+    Returns:
+        A new tensor.
+
+    Raises:
+        ValueError: a tensor or an argument that is not supported, or a name that is in flight.
+        CommlibError: ranks differ in shape, dtype or op; a rank was lost.
+
+    Example:
+        >>> import torch, commlib.torch as comm
+        >>> comm.init()
+        >>> comm.allreduce(torch.ones(2), op=comm.Sum)  # with one rank
+        tensor([1., 1.])
+        >>> comm.shutdown()
+    """
+    check_compression(compression)
+    arguments = (average, name, op, prescale_factor, postscale_factor, process_set)
+    if autograd.is_needed(tensor):
+        return autograd.Allreduce.apply(tensor, *arguments)
+    return allreduce_async(tensor, *arguments).wait()
+
+
+def allreduce_(tensor, average=None, name=None, op=None, prescale_factor=1.0, postscale_factor=1.0,
+               process_set=global_process_set):  # fmt: skip
+    """As `allreduce`, in place; returns the tensor."""
+    return allreduce_async_(tensor, average, name, op, prescale_factor, postscale_factor, process_set).wait()
+
+
+def broadcast(tensor, root_rank, name=None, process_set=global_process_set):
+    """The root's tensor, as a new tensor on every rank. Differentiable.
+
+    Args:
+        tensor: of the same shape and dtype on all ranks.
+        root_rank: whose values everybody gets.
+        name: as for `allreduce`.
+    """
+    if autograd.is_needed(tensor):
+        return autograd.Broadcast.apply(tensor, root_rank, name, process_set)
+    return broadcast_async(tensor, root_rank, name, process_set).wait()
+
+
+def broadcast_(tensor, root_rank, name=None, process_set=global_process_set):
+    """As `broadcast`, in place; returns the tensor."""
+    return broadcast_async_(tensor, root_rank, name, process_set).wait()
+
+
+def allgather(tensor, name=None, process_set=global_process_set):
+    """All ranks' tensors joined along the first dimension, which may differ between ranks. Differentiable.
+
+    Returns:
+        A new tensor, the same on every rank.
+    """
+    if autograd.is_needed(tensor):
+        return autograd.Allgather.apply(tensor, name, process_set)
+    return allgather_async(tensor, name, process_set).wait()
+
+
+def reducescatter(tensor, name=None, compression=Compression.none, op=commlib.Average, process_set=global_process_set,
+                  prescale_factor=1.0, postscale_factor=1.0):  # fmt: skip
+    """Reduces over all ranks and gives each its share of the rows; low ranks get the rows that remain. Differentiable."""
+    check_compression(compression)
+    arguments = (name, op, process_set, prescale_factor, postscale_factor)
+    if autograd.is_needed(tensor):
+        return autograd.Reducescatter.apply(tensor, *arguments)
+    return reducescatter_async(tensor, *arguments).wait()
+
+
+def alltoall(tensor, splits=None, name=None, process_set=global_process_set):
+    """Sends rows to every rank and receives theirs, joined in rank order. Differentiable.
+
+    Args:
+        tensor: of one dimension at least; the first may differ between ranks.
+        splits: rows for each rank, in rank order, a tensor or a list; None: the same number for each.
+        name: as for `allreduce`.
+
+    Returns:
+        The received rows; with splits, (received rows, how many came from each rank).
+    """
+    if autograd.is_needed(tensor):
+        return autograd.alltoall(tensor, splits, name, process_set)
+    return alltoall_async(tensor, splits, name, process_set).wait()

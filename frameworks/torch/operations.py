@@ -1,0 +1,164 @@
+"""The collectives that return at once, on tensors: the core's operations with Horovod's names, arguments and defaults.
+
+With a trailing underscore they work in place. None is differentiable; collectives.py has those that are. This file checks
+tensors and moves them in and out of Buffers; the core does everything else.
+"""
+
+import torch
+
+import commlib
+from commlib.torch.limits import check_op, check_process_set, global_process_set
+from commlib.torch.tensors import buffer_of, check_tensor, contiguous, tensor_of
+
+
+class Handle:
+    """One operation in flight; `synchronize(handle)` or `handle.wait()` gives its tensor."""
+
+    __slots__ = ("_handle", "_finish", "_result")
+
+    def __init__(self, handle, finish):
+        self._handle = handle
+        self._finish = finish
+        self._result = None
+
+    def wait(self, timeout_s=None):
+        """Waits until the operation is done and returns its tensor.
+
+        Raises:
+            TimeoutError: it is not done after timeout_s; it goes on.
+            CommlibError: it failed.
+        """
+        buffers = self._handle.wait(timeout_s)
+        if self._finish is not None:
+            self._result = self._finish(buffers)
+            self._finish = None
+        return self._result
+
+    def done(self):
+        """True if the operation is done, well or not."""
+        return self._handle.done()
+
+
+def poll(handle):
+    """True if the operation is done: synchronize(handle) will not block."""
+    return handle.done()
+
+
+def synchronize(handle):
+    """Waits for an operation and returns its tensor; see Handle.wait."""
+    return handle.wait()
+
+
+# ---- allreduce
+
+
+def allreduce_async(tensor, average=None, name=None, op=None, prescale_factor=1.0, postscale_factor=1.0,
+                    process_set=global_process_set):  # fmt: skip
+    """As collectives.allreduce, returning a Handle at once."""
+    check_tensor(tensor, "allreduce")
+    return _allreduce(tensor.detach().clone(), average, name, op, prescale_factor, postscale_factor, process_set)
+
+
+def allreduce_async_(tensor, average=None, name=None, op=None, prescale_factor=1.0, postscale_factor=1.0,
+                     process_set=global_process_set):  # fmt: skip
+    """As collectives.allreduce_, returning a Handle at once; do not touch the tensor before the wait."""
+    _check_in_place(tensor, "allreduce_")
+    return _allreduce(tensor, average, name, op, prescale_factor, postscale_factor, process_set)
+
+
+def _allreduce(tensor, average, name, op, prescale_factor, postscale_factor, process_set):
+    check_process_set(process_set)
+    wire = contiguous(tensor)
+    handle = commlib.allreduce_async_(
+        buffer_of(wire), name=name, op=op_of(average, op), prescale_factor=prescale_factor, postscale_factor=postscale_factor
+    )
+    return Handle(handle, lambda _: _landed(tensor, wire))
+
+
+def op_of(average, op):
+    """The reduction that Horovod's two arguments mean together.
+
+    Raises:
+        ValueError: both were given.
+    """
+    if average is None:
+        return check_op(op)
+    if op is not None:
+        raise ValueError("The op parameter supersedes average. Please provide only one of them.")
+    return commlib.Average if average else commlib.Sum
+
+
+# ---- broadcast
+
+
+def broadcast_async(tensor, root_rank, name=None, process_set=global_process_set):
+    """As collectives.broadcast, returning a Handle at once."""
+    check_tensor(tensor, "broadcast")
+    return _broadcast(tensor.detach().clone(), root_rank, name, process_set)
+
+
+def broadcast_async_(tensor, root_rank, name=None, process_set=global_process_set):
+    """As collectives.broadcast_, returning a Handle at once; do not touch the tensor before the wait."""
+    _check_in_place(tensor, "broadcast_")
+    return _broadcast(tensor, root_rank, name, process_set)
+
+
+def _broadcast(tensor, root_rank, name, process_set):
+    check_process_set(process_set)
+    wire = contiguous(tensor)
+    handle = commlib.broadcast_async_(buffer_of(wire), root_rank, name=name)
+    return Handle(handle, lambda _: _landed(tensor, wire))
+
+
+# ---- allgather, reducescatter, alltoall
+
+
+def allgather_async(tensor, name=None, process_set=global_process_set):
+    """As collectives.allgather, returning a Handle at once."""
+    check_tensor(tensor, "allgather")
+    check_process_set(process_set)
+    return Handle(commlib.allgather_async(buffer_of(contiguous(tensor)), name=name), tensor_of)
+
+
+def reducescatter_async(tensor, name=None, op=commlib.Average, process_set=global_process_set, prescale_factor=1.0,
+                        postscale_factor=1.0):  # fmt: skip
+    """As collectives.reducescatter, returning a Handle at once."""
+    check_tensor(tensor, "reducescatter")
+    check_process_set(process_set)
+    handle = commlib.reducescatter_async(
+        buffer_of(contiguous(tensor)), name=name, op=check_op(op), prescale_factor=prescale_factor,
+        postscale_factor=postscale_factor,
+    )  # fmt: skip
+    return Handle(handle, tensor_of)
+
+
+def alltoall_async(tensor, splits=None, name=None, process_set=global_process_set):
+    """As collectives.alltoall, returning a Handle at once."""
+    check_tensor(tensor, "alltoall")
+    check_process_set(process_set)
+    if splits is None:
+        return Handle(commlib.alltoall_async(buffer_of(contiguous(tensor)), name=name), tensor_of)
+    rows = splits.tolist() if isinstance(splits, torch.Tensor) else list(splits)
+    handle = commlib.alltoall_async(buffer_of(contiguous(tensor)), rows, name=name)
+    return Handle(handle, lambda result: (tensor_of(result[0]), torch.as_tensor(result[1], dtype=torch.int32)))
+
+
+# ---- in place
+
+
+def _check_in_place(tensor, what):
+    check_tensor(tensor, what)
+    if tensor.grad_fn is not None and torch.is_grad_enabled():
+        raise ValueError(
+            f"{what} would change a tensor that autograd computed: use {what[:-1]}, which is differentiable, or tensor.detach()"
+        )
+
+
+def _landed(tensor, wire):
+    """The result is in `wire`; it belongs in `tensor`, of which autograd must know that it changed."""
+    if tensor.is_contiguous():
+        torch.autograd.graph.increment_version(tensor)
+    else:
+        with torch.no_grad():
+            tensor.copy_(wire)
+    return tensor

@@ -1,0 +1,178 @@
+"""DistributedOptimizer: the user's optimizer, made to train on all ranks.
+
+This file checks arguments, finds names for parameters and puts the parts together. The optimizer object stays the user's:
+its class is swapped for a run-time subclass, so schedulers made before and after hold the same object.
+"""
+
+from collections import Counter
+
+from torch import nn
+from torch.optim import Optimizer
+
+import commlib
+from commlib.torch.gradients import GradientExchange
+from commlib.torch.limits import Compression, check_compression, check_op, check_process_set, global_process_set
+from commlib.torch.methods import DistributedMethods
+from commlib.torch.overlapping import Overlapping
+from commlib.torch.state import broadcast_optimizer_state, broadcast_parameters
+from commlib.torch.waiting import Waiting
+
+
+def DistributedOptimizer(  # noqa: N802 (Horovod's name)
+    optimizer,
+    named_parameters=None,
+    compression=Compression.none,
+    backward_passes_per_step=1,
+    op=commlib.Average,
+    gradient_predivide_factor=1.0,
+    num_groups=0,
+    groups=None,
+    sparse_as_dense=False,
+    process_set=global_process_set,
+    *,
+    model=None,
+    overlap_forward=True,
+    name="",
+):
+    """Makes an optimizer train on all ranks: gradients are reduced over ranks while backward still runs.
+
+    With `named_parameters` (Horovod's form) step() waits for all gradients. With `model` also the next forward overlaps:
+    the initial state of model and optimizer is rank 0's on every rank, step() returns at once, and each module's forward
+    waits for its own parameters only. Weights are bitwise those of the form that waits. step() takes the gradients:
+    p.grad is None after it.
+
+    Args:
+        optimizer: any torch.optim.Optimizer; it is changed in place and returned.
+        named_parameters: (name, parameter) pairs, usually model.named_parameters(); names match gradients between ranks.
+        compression: Compression.none.
+        backward_passes_per_step: backward passes that accumulate on each rank before a gradient is sent.
+        op: Average or Sum over ranks.
+        gradient_predivide_factor: with Average, divide by it before the sum and multiply by it after.
+        num_groups, groups, process_set: not supported yet.
+        sparse_as_dense: turn sparse gradients into dense ones.
+        model: the nn.Module that is trained, instead of named_parameters.
+        overlap_forward: with model, False makes step() wait.
+        name: put before the names of operations; for several optimizers whose parameters have equal names.
+
+    Returns:
+        The optimizer, now of a subclass of its class, with synchronize(), skip_synchronize(), report() and priorities.
+
+    Raises:
+        ValueError: commlib is not initialised, an argument is not supported, names are missing or not unique.
+        TypeError: not an optimizer or not a module.
+
+    Example:
+        >>> import torch, commlib.torch as comm
+        >>> comm.init()
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer = comm.DistributedOptimizer(optimizer, model=model)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> comm.shutdown()
+
+    References:
+        Sergeev and Del Balso, "Horovod: fast and easy distributed deep learning in TensorFlow", 2018, arXiv:1802.05799.
+        Peng et al., "A generic communication scheduler for distributed DNN training acceleration", SOSP 2019.
+    """
+    check_compression(compression)
+    check_process_set(process_set)
+    if num_groups or groups is not None:
+        raise ValueError("num_groups and groups are not supported yet: leave them out")
+    if type(backward_passes_per_step) is not int or backward_passes_per_step < 1:
+        raise ValueError(f"backward_passes_per_step must be an int of at least 1, not {backward_passes_per_step!r}")
+    _check_objects(optimizer, model, named_parameters)
+    exchange = GradientExchange(
+        commlib.communicator(),
+        op=check_op(op),
+        passes=backward_passes_per_step,
+        sparse_as_dense=sparse_as_dense,
+        presence=model is not None,
+        prefix=f"{name}." if name else "",
+        **_scales(op, gradient_predivide_factor),
+    )
+    if model is not None and exchange.communicator.size > 1:
+        broadcast_parameters([*model.named_parameters(), *model.named_buffers()], root_rank=0)
+        broadcast_optimizer_state(optimizer, root_rank=0)
+    return wrap(optimizer, exchange, named_parameters_of(optimizer, model, named_parameters), model, overlap_forward)
+
+
+def wrap(optimizer, exchange, named_parameters, model=None, overlap_forward=True):
+    """Puts a distributed optimizer together from parts that were checked; communicates nothing. Returns the optimizer.
+
+    Args:
+        optimizer: the user's optimizer.
+        exchange: a GradientExchange that tracks nothing yet.
+        named_parameters: (name, parameter) of everything that the optimizer trains.
+        model, overlap_forward: as for DistributedOptimizer.
+    """
+    # What somebody put on the instance is the real step; a scheduler's patch is not needed, as methods.py carries its mark.
+    patched = vars(optimizer).pop("step", None)
+    is_schedulers = getattr(patched, "_wrapped_by_lr_sched", False)
+    real_class = type(optimizer)
+    whole_step = (lambda: real_class.step(optimizer)) if patched is None or is_schedulers else patched
+    if exchange.communicator.size > 1:
+        for name, parameter in named_parameters:
+            (exchange.track if parameter.requires_grad else exchange.watch_frozen)(parameter, name)
+    if model is None or not exchange.gradients:
+        optimizer._commlib = Waiting(optimizer, exchange, whole_step)
+    else:
+        reason = None if overlap_forward else "overlap_forward=False was asked for"
+        if whole_step is patched:
+            reason = f"optimizer.step had been replaced by {getattr(patched, '__qualname__', patched)!r} before wrapping"
+        optimizer._commlib = Overlapping(optimizer, exchange, whole_step, model, reason)
+    namespace = {"__module__": real_class.__module__, "__qualname__": real_class.__qualname__, "__doc__": real_class.__doc__}
+    optimizer.__class__ = type(real_class.__name__, (DistributedMethods, real_class), namespace)
+    return optimizer
+
+
+def _check_objects(optimizer, model, named_parameters):
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"DistributedOptimizer needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(optimizer, DistributedMethods):
+        raise ValueError("this optimizer is a DistributedOptimizer already")
+    if model is None:
+        return
+    if named_parameters is not None:
+        raise ValueError("pass model or named_parameters, not both: model names its parameters")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+        raise ValueError(
+            "torch.compile with model= is not supported yet: use DistributedOptimizer(optimizer, "
+            "named_parameters=model.named_parameters())"
+        )
+
+
+def _scales(op, gradient_predivide_factor):
+    if gradient_predivide_factor == 1.0:
+        return {}
+    if op is not commlib.Average:
+        raise ValueError("gradient_predivide_factor not supported with op != Average")
+    return {"prescale_factor": 1.0 / gradient_predivide_factor, "postscale_factor": gradient_predivide_factor}
+
+
+def named_parameters_of(optimizer, model, named_parameters):
+    """(name, parameter) of everything that the optimizer trains, in the order of its groups."""
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if model is not None:
+        name_of = {parameter: name for name, parameter in model.named_parameters()}
+        return [(name_of.get(parameter, f"outside.{index}"), parameter) for index, parameter in enumerate(trained)]
+    if named_parameters is None:
+        return [(f"allreduce.noname.{index}", parameter) for index, parameter in enumerate(trained)]
+    named_parameters = list(named_parameters)
+    if any(not isinstance(pair, tuple) for pair in named_parameters):
+        raise ValueError(
+            "named_parameters should be a sequence of tuples (name, parameter), usually produced by model.named_parameters()."
+        )
+    twice = sorted(name for name, uses in Counter(name for name, _ in named_parameters).items() if uses > 1)
+    if twice:
+        raise ValueError(f"Parameter names in named_parameters must be unique. Found duplicates: {', '.join(twice)}")
+    name_of = {parameter: name for name, parameter in named_parameters}
+    unnamed = [index for index, parameter in enumerate(trained) if parameter not in name_of]
+    if unnamed:
+        raise ValueError(
+            "named_parameters was specified, but one or more model parameters were not named: those at places "
+            f"{', '.join(map(str, unnamed))} of the optimizer's groups"
+        )
+    return [(name_of[parameter], parameter) for parameter in trained]

@@ -1,0 +1,62 @@
+"""Torch tensors seen as the core's Buffers, and back. The only file that knows where a tensor's bytes are.
+
+Nothing is copied here but tensors that are not contiguous; nothing is communicated.
+"""
+
+import ctypes
+import math
+
+import torch
+
+import commlib
+
+DTYPE_NAMES = {
+    torch.uint8: "uint8", torch.int8: "int8", torch.int16: "int16", torch.int32: "int32", torch.int64: "int64",
+    torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64",
+    torch.bool: "bool",
+}  # fmt: skip
+_DTYPE_OF_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+def check_tensor(tensor, what):
+    """Refuses what cannot travel.
+
+    Args:
+        tensor: anything that a user passed.
+        what: how messages call it, such as "allreduce" or "the gradient of 'fc.weight'".
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: not on the CPU, sparse, or of a dtype that commlib does not know.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{what} needs a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{what}: the tensor is on {tensor.device}; only CPU tensors are supported yet (use .cpu())")
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{what}: the tensor's layout is {tensor.layout}; only dense tensors are supported yet (use .to_dense())")
+    if tensor.dtype not in DTYPE_NAMES:
+        known = ", ".join(_DTYPE_OF_NAME)
+        raise ValueError(f"{what}: dtype {tensor.dtype} is not supported; use one of {known}")
+
+
+def contiguous(tensor):
+    """The tensor itself where its elements lie in order, else a copy that does; outside of autograd."""
+    tensor = tensor.detach()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def buffer_of(tensor):
+    """The memory of a contiguous CPU tensor as a Buffer, which keeps the tensor alive."""
+    return commlib.Buffer(tensor.data_ptr(), tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], owner=tensor, writable=True)
+
+
+def tensor_of(buffer):
+    """A tensor over a Buffer's memory, without a copy; the tensor keeps the memory alive."""
+    dtype = _DTYPE_OF_NAME[buffer.dtype]
+    if math.prod(buffer.shape) == 0:
+        return torch.empty(buffer.shape, dtype=dtype)
+    nbytes = math.prod(buffer.shape) * dtype.itemsize
+    memory = (ctypes.c_char * nbytes).from_address(buffer.address)
+    memory.owner = buffer  # torch keeps `memory` alive, and so it keeps the bytes behind it
+    return torch.frombuffer(memory, dtype=dtype).view(buffer.shape)

@@ -1,0 +1,46 @@
+"""A communicator whose completions the test controls: for gates and optimizers, in one process and without an engine.
+
+Every reduction leaves its bytes as they are, as if all ranks had the same gradient; `wait` completes an operation at once and
+writes down its name, or fails if the test has forbidden it.
+"""
+
+import commlib
+from commlib.torch.gradients import GradientExchange
+from commlib.torch.optimizer import named_parameters_of, wrap
+
+
+class DoubleHandle:
+    def __init__(self, communicator, name):
+        self.communicator = communicator
+        self.name = name
+        self.times = (0.0, 1.0, 2.0)
+
+    def wait(self, timeout_s=None):
+        if self.communicator.forbidden:
+            raise AssertionError(f"waited for {self.name!r}, which was not needed")
+        self.communicator.waited.append(self.name)
+
+
+class DoubleCommunicator:
+    """Attributes: `submitted`: (name, priority) in order; `waited`: names in order; `forbidden`: True: no wait is allowed."""
+
+    def __init__(self, size=2, rank_0_says=None):
+        self.size = size
+        self.timeline = None
+        self.forbidden = False
+        self.submitted = []
+        self.waited = []
+        self._rank_0_says = rank_0_says
+
+    def allreduce_async_(self, buffer, *, name, op, priority=0, prescale_factor=1.0, postscale_factor=1.0):
+        self.submitted.append((name, priority))
+        return DoubleHandle(self, name)
+
+    def exchange(self, payload, *, name):
+        return [self._rank_0_says or payload] + [payload] * (self.size - 1)
+
+
+def distribute(optimizer, communicator, model=None, named_parameters=None, overlap_forward=True, **options):
+    """DistributedOptimizer over a double; its initial broadcast is left out."""
+    exchange = GradientExchange(communicator, op=commlib.Average, presence=model is not None, **options)
+    return wrap(optimizer, exchange, named_parameters_of(optimizer, model, named_parameters), model, overlap_forward)
