@@ -149,7 +149,7 @@ class GradientExchange:
         idle = [gradient for gradient in self.gradients if gradient.phase is Phase.IDLE]
         for gradient in idle:
             gradient.absent = gradient.parameter.grad is None
-        if self._presence:
+        if self._presence and self.gradients:
             self._send_presence()
         for gradient in idle:
             # A frozen parameter is frozen on every rank: nobody sends it.
@@ -196,6 +196,8 @@ class GradientExchange:
         return tensor
 
     def _send_presence(self):
+        if self._counts_handle is not None:
+            self._counts_handle.wait()  # of the last step, long done: a name is in flight only once
         self._counts = torch.tensor([int(not gradient.absent) for gradient in self.gradients], dtype=torch.int32)
         self._counts_handle = self.communicator.allreduce_async_(
             buffer_of(self._counts), name=f"{self.prefix}presence of {self.gradients[0].name}", op=commlib.Sum, priority=0

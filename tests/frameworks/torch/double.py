@@ -18,7 +18,9 @@ class DoubleHandle:
     def wait(self, timeout_s=None):
         if self.communicator.forbidden:
             raise AssertionError(f"waited for {self.name!r}, which was not needed")
-        self.communicator.waited.append(self.name)
+        if self.name in self.communicator.in_flight:
+            self.communicator.in_flight.discard(self.name)
+            self.communicator.waited.append(self.name)
 
 
 class DoubleCommunicator:
@@ -30,9 +32,12 @@ class DoubleCommunicator:
         self.forbidden = False
         self.submitted = []
         self.waited = []
+        self.in_flight = set()
         self._rank_0_says = rank_0_says
 
     def allreduce_async_(self, buffer, *, name, op, priority=0, prescale_factor=1.0, postscale_factor=1.0):
+        assert name not in self.in_flight, f"{name!r} is in flight"
+        self.in_flight.add(name)
         self.submitted.append((name, priority))
         return DoubleHandle(self, name)
 
