@@ -348,7 +348,7 @@ static int receive(tcp_link *tcp)
             break;
         }
         tcp->received_lately = true;
-        events += 1 + (in_place(tcp) ? tell_placed(tcp) : 0) + take_in(tcp);
+        events += 1 + take_in(tcp);
         if ((size_t)got < wanted)
             break;
     }
