@@ -185,7 +185,8 @@ def _read_torchrun(environ: Mapping[str, str]) -> _Found:
     address, store = environ.get("MASTER_ADDR", ""), ""
     if address and "MASTER_PORT" in environ:
         store = _join_address(address, _port(environ, "MASTER_PORT", name))
-    parts = (name, environ.get("TORCHELASTIC_RUN_ID", ""), restart, address, environ.get("MASTER_PORT", ""))
+    # without the address: some cluster operators tell rank 0 "localhost" and the others its name
+    parts = (name, environ.get("TORCHELASTIC_RUN_ID", ""), restart, environ.get("MASTER_PORT", ""))
     return _Found(
         _integer(environ, "RANK", name), _integer(environ, "WORLD_SIZE", name),
         _integer_or_none(environ, "LOCAL_RANK", name), _integer_or_none(environ, "LOCAL_WORLD_SIZE", name),
@@ -199,7 +200,8 @@ def _read_open_mpi(environ: Mapping[str, str]) -> _Found:
     return _Found(
         _integer(environ, prefix + "RANK", name), _integer(environ, prefix + "SIZE", name),
         _integer_or_none(environ, prefix + "LOCAL_RANK", name), _integer_or_none(environ, prefix + "LOCAL_SIZE", name),
-        job=_first(environ, "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "OMPI_MCA_orte_hnp_uri", launcher=name),
+        job=_first(environ, "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "OMPI_MCA_orte_hnp_uri", "COMMLIB_STORE",
+                   launcher=name),
     )
 
 
@@ -211,7 +213,8 @@ def _read_hydra(environ: Mapping[str, str]) -> _Found:
     job = environ.get("I_MPI_HYDRA_UUID") or f"hydra-proxy-{_hydra_proxy_pid(environ)}"
     if local_size != size and "I_MPI_HYDRA_UUID" not in environ:
         job = "hydra"  # one proxy per host: no name is common to all of them, the given address must do
-    return _Found(_integer(environ, "PMI_RANK", name), size, _integer(environ, "MPI_LOCALRANKID", name), local_size, job)
+    rank, local_rank = _integer(environ, "PMI_RANK", name), _integer(environ, "MPI_LOCALRANKID", name)
+    return _Found(rank, size, local_rank, local_size, job)
 
 
 def _read_slurm(environ: Mapping[str, str]) -> _Found:
@@ -300,8 +303,8 @@ _COMMRUN_VARIABLES = frozenset(OPTION_PREFIX + name for name in (
     "RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "STORE", "STORE_OWNER", "JOB"))
 
 # The first that recognises its variables is believed. MPI comes before Slurm because mpirun inside an allocation starts
-# its daemons with srun, whose variables the ranks inherit; Slurm comes before bare PMI because srun --mpi=pmi2 sets both.
-# A batch script has SLURM_PROCID but no step: there a process is on its own.
+# its daemons with srun, whose variables the ranks inherit; Slurm comes before bare PMI because srun --mpi=pmi2 sets
+# both. A batch script has SLURM_PROCID but no step: there a process is on its own.
 LAUNCHERS = (
     _Launcher("commrun", _any_of("COMMLIB_RANK", "COMMLIB_SIZE"), _read_commrun),
     _Launcher("torchrun", _any_of("RANK", "WORLD_SIZE"), _read_torchrun),

@@ -1,8 +1,8 @@
 """Links between all pairs of ranks: shared memory where two ranks can map the same memory, TCP elsewhere.
 
-Called once per initialisation, with the engine's attach functions handed in as an `Endpoint`; knows nothing of the engine
-itself. "Same host" is a guess from host identities that only counts once descriptors were passed and mapped; a pair where
-that fails takes TCP, and both of its sides know it through the store.
+Called once per initialisation, with the engine's attach functions handed in as an `Endpoint`; knows nothing of the
+engine itself. "Same host" is a guess from host identities that only counts once descriptors were passed and mapped; a
+pair where that fails takes TCP, and both of its sides know it through the store.
 """
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 from commlib.bootstrap import Placement, StartError
 from commlib.handshake import TOKEN_NBYTES, Shaken, shake
 from commlib.rendezvous import Store
+from commlib.rendezvous_wire import spell_ranks
 
 TRANSPORTS = ("auto", "shm", "tcp")
 
 _SO_PEERPIDFD = 77      # Linux 6.5; Python has no name for it
 _SIOCGIFADDR = 0x8915   # netdevice(7)
+_STRANGERS = 64         # room in the queue of callers for some that are none of us
 _CONNECT_S = 10.0       # for one address of a peer that may have several
 
 
@@ -101,8 +103,10 @@ def connect(placement: Placement, store: Store, endpoint: Endpoint, transport: s
     shared = _attach_shared(store, token, local, endpoint)
     others = [peer for peer in range(store.size) if peer != store.rank and peer not in shared]
     if others and transport == "shm":
-        raise StartError(f"rank {store.rank} shares no memory with rank {', '.join(map(str, others))}, but the transport "
-                         "is shm: use auto, or start all ranks on one host and in one network namespace")
+        raise StartError(
+            f"rank {store.rank} shares no memory with rank {spell_ranks(others)}, but the transport is shm: use auto, "
+            "or start all ranks on one host and in one network namespace"
+        )
     interface = placement.options.get("interface", "")
     _attach_tcp(connect_tcp(store, token, others, facts, interface), endpoint)
     store.gather("connect/done", b"")
@@ -270,7 +274,7 @@ def connect_tcp(store: Store, token: bytes, peers: Sequence[int], facts: Sequenc
         token: the job's secret.
         peers: each of them must call this with this rank among its peers.
         facts: from `survey`.
-        interface: network interface whose address peers shall use, such as "eth0"; "" for the one that leads to the store.
+        interface: network interface whose address peers shall use, such as "eth0"; "": the one that leads to the store.
     Returns:
         A connected, non-blocking socket for each peer.
     Raises:
@@ -283,7 +287,7 @@ def connect_tcp(store: Store, token: bytes, peers: Sequence[int], facts: Sequenc
     mine = interface_address(interface) if interface else store.route()[0]
     family = socket.AF_INET6 if mine and ":" in mine else socket.AF_INET
     bound = "127.0.0.1" if all(on_this_host) and not interface else ""
-    with socket.create_server((bound, 0), family=family, backlog=len(peers)) as listener:
+    with socket.create_server((bound, 0), family=family, backlog=len(peers) + _STRANGERS) as listener:
         value = {"address": mine, "port": listener.getsockname()[1]}
         store.set(f"tcp/{store.rank}", json.dumps(value).encode())
         lower = [peer for peer in peers if peer < store.rank]
@@ -310,8 +314,9 @@ def interface_address(name: str) -> str:
             return socket.inet_ntoa(fcntl.ioctl(sock, _SIOCGIFADDR, request)[20:24])
         except OSError as error:
             known = ", ".join(found for _, found in socket.if_nameindex())
-            raise StartError(f"COMMLIB_INTERFACE is {name!r}, which has no IPv4 address ({error.strerror}): this host has "
-                             f"{known}") from None
+            raise StartError(
+                f"COMMLIB_INTERFACE is {name!r}, which has no IPv4 address ({error.strerror}): this host has {known}"
+            ) from None
 
 
 def _addresses(store: Store, peer: int, published: Optional[str], facts: Sequence[dict]) -> List[str]:
@@ -339,8 +344,11 @@ def _call(store: Store, peer: int, addresses: Sequence[str], port: int, deadline
         except OSError as error:
             reasons.append(f"{address} port {port}: {error}")
     store.check()
-    raise StartError(f"rank {store.rank} cannot connect to rank {peer} ({'; '.join(reasons) or 'it has no address'}): open "
-                     "the firewall between the hosts, or name a network with COMMLIB_INTERFACE=NAME on every rank", peer)
+    raise StartError(
+        f"rank {store.rank} cannot connect to rank {peer} ({'; '.join(reasons) or 'it has no address'}): open the "
+        "firewall between the hosts, or name a network with COMMLIB_INTERFACE=NAME on every rank",
+        peer,
+    )
 
 
 def _attach_tcp(sockets: Dict[int, socket.socket], endpoint: Endpoint) -> None:

@@ -1,7 +1,8 @@
 """Sockets between ranks, opened and checked: both sides say who they are and prove that they belong to the job.
 
 Works alike for TCP and for Unix sockets, where each side may send descriptors with its hello. Strangers that reach the
-listener are closed and disturb nobody. Knows no store keys and no addresses; who connects to whom is the caller's choice.
+listener are closed and disturb nobody. Knows no store keys and no addresses; who connects to whom is the caller's
+choice.
 """
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import time
 from typing import Dict, List, NamedTuple, Sequence, Set
 
 from commlib.bootstrap import StartError
+from commlib.rendezvous_wire import spell_ranks
 
 TOKEN_NBYTES = 16
 _MAGIC = b"clhs"
@@ -67,6 +69,7 @@ def shake(store, token: bytes, listener, outgoing: Dict[int, socket.socket], inc
     try:
         for peer in list(outgoing):
             shaking.begin(_Half(outgoing.pop(peer), peer))
+        store.check()  # bad news may have been read already, together with an answer: no selector reports that
         while shaking.waiting:
             shaking.turn(deadline)
     except BaseException:
@@ -123,8 +126,9 @@ class _Shaking:
         now = time.monotonic()
         if now >= min(deadline, self.news_deadline):
             missing = sorted(self.calling | self.incoming)
-            raise StartError(f"rank {self.store.rank} could not connect to rank {', '.join(map(str, missing))}: "
-                             f"{self.hung_up or 'no answer until the time-out'}", rank=missing[0])
+            reason = self.hung_up or "no answer until the time-out"
+            text = f"rank {self.store.rank} could not connect to rank {spell_ranks(missing)}: {reason}"
+            raise StartError(text, rank=missing[0])
         for key, _ in self.selector.select(min(deadline, self.news_deadline) - now):
             if key.fileobj is self.store:
                 self.store.check()

@@ -6,6 +6,7 @@ as soon as the store reports that some rank was lost. Knows nothing of what the 
 """
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -81,10 +82,14 @@ def listen(address: str) -> socket.socket:
         return socket.create_server((host if loopback else "", port), family=family, backlog=512)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise StartError(f"rank 0 cannot listen at {address}, which another process uses: set COMMLIB_STORE=HOST:PORT "
-                             "with a free port to the same value on every rank, or end the other process") from None
-        raise StartError(f"rank 0 cannot listen at {address}: {error}; set COMMLIB_STORE=HOST:PORT to an address of rank "
-                         "0's host on every rank") from None
+            raise StartError(
+                f"rank 0 cannot listen at {address}, which another process uses: set COMMLIB_STORE=HOST:PORT with a "
+                "free port to the same value on every rank, or end the other process"
+            ) from None
+        raise StartError(
+            f"rank 0 cannot listen at {address}: {error}; set COMMLIB_STORE=HOST:PORT to an address of rank 0's host "
+            "on every rank"
+        ) from None
 
 
 def parse(address: str) -> tuple:
@@ -94,7 +99,7 @@ def parse(address: str) -> tuple:
     host, colon, port = address.rpartition(":")
     if colon and host and port.isdigit() and 0 < int(port) < 65536:
         return socket.AF_INET, (host.strip("[]"), int(port))
-    raise StartError(f"COMMLIB_STORE is {address!r}: it must be HOST:PORT, or unix:@NAME with at most 107 bytes of name")
+    raise StartError(f"COMMLIB_STORE is {address!r}: it must be HOST:PORT, or unix:@NAME (NAME of at most 107 bytes)")
 
 
 def _reach(address: str, owner: str, hello: Hello, timeout_s: float) -> "_Channel":
@@ -102,30 +107,37 @@ def _reach(address: str, owner: str, hello: Hello, timeout_s: float) -> "_Channe
     deadline = time.monotonic() + timeout_s
     pause_s = _RETRY_S[0]
     while True:
-        reason = ""
         try:
-            channel = _Channel(_connect(address, deadline), owner, address)
-            try:
-                channel.send(hello.header())
-                answer = channel.receive(deadline)
-                if answer is not None and answer.header["op"] == "welcome":
-                    return channel
-                reason = "no answer" if answer is None else str(answer.header.get("text"))
-                channel.close()
-                if answer is not None and answer.header["op"] == "refused":
-                    raise StartError(f"rank {hello.rank} was refused at {address}: {reason}")
-            except BaseException:
-                channel.close()
-                raise
+            return _enter(address, owner, hello, deadline)
         except (OSError, WireError, _Gone) as error:
             reason = str(error)
         if time.monotonic() + pause_s >= deadline:
             raise StartError(
-                f"rank {hello.rank} waited {timeout_s:.3g} s for the store of {owner} at {address} ({reason}): is {owner} "
-                "running, and can this host reach it? Give slow starts more time with COMMLIB_START_TIMEOUT_S, or set "
-                "COMMLIB_STORE=HOST:PORT to an address of rank 0's host on every rank", rank=0 if owner == "rank 0" else None)
+                f"rank {hello.rank} waited {timeout_s:.3g} s for the store of {owner} at {address} ({reason}): is "
+                f"{owner} running, and can this host reach it? Give slow starts more time with COMMLIB_START_TIMEOUT_S, or set "
+                "COMMLIB_STORE=HOST:PORT to an address of rank 0's host on every rank",
+                rank=0 if owner == "rank 0" else None,
+            )
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _RETRY_S[1])
+
+
+def _enter(address: str, owner: str, hello: Hello, deadline: float) -> "_Channel":
+    """One attempt. Raises StartError if it was refused for good; else OSError, WireError or _Gone."""
+    channel = _Channel(_connect(address, deadline), owner, address)
+    try:
+        channel.send(hello.header())
+        answer = channel.receive(deadline)
+        if answer is None:
+            raise _Gone("it does not answer")
+        if answer.header["op"] == "refused":
+            raise StartError(f"rank {hello.rank} was refused at {address}: {answer.header.get('text')}")
+        if answer.header["op"] != "welcome":
+            raise _Gone(str(answer.header.get("text")))
+        return channel
+    except BaseException:
+        channel.close()
+        raise
 
 
 def _connect(address: str, deadline: float) -> socket.socket:
@@ -150,7 +162,7 @@ def _connect(address: str, deadline: float) -> socket.socket:
 
 
 class _Gone(Exception):
-    """The other end closed the connection."""
+    """The other end closed the connection, or does not take us yet."""
 
 
 class _Channel:
@@ -243,7 +255,7 @@ class Store:
         return -1 if self._channel is None else self._channel.sock.fileno()
 
     def route(self) -> tuple:
-        """(this host's address, the store's address) on the way between them, None for each if it leads over no network."""
+        """(this host's address, the store's address) on the way between them; (None, None) if that is no network."""
         if self._channel is None or self._channel.sock.family == socket.AF_UNIX:
             return None, None
         return self._channel.sock.getsockname()[0], self._channel.sock.getpeername()[0]
@@ -287,10 +299,8 @@ class Store:
 
     def _send(self, header: dict) -> None:
         """Tells what nobody needs to hear: the store may be gone already."""
-        try:
+        with contextlib.suppress(OSError):
             self._channel.send(header)
-        except OSError:
-            pass
 
     def _receive(self, timeout_s: float) -> Optional[Message]:
         """The next good message, None at the time-out."""

@@ -1,12 +1,13 @@
 """The rendezvous store: a key-value server where the ranks of a job meet, one room per initialisation.
 
-Runs as a thread of commrun or of rank 0, and lives only as long as ranks start. It knows sockets and who has come; it does
-not know what the values mean. Its second duty is bad news: once something is wrong in a room (a rank lost, two versions,
-two processes with one rank), everybody who is in it or comes later is told the same sentence.
+Runs as a thread of commrun or of rank 0, and lives only as long as ranks start. It knows sockets and who has come; it
+does not know what the values mean. Its second duty is bad news: once something is wrong in a room (a rank lost, two
+versions, two processes with one rank), everybody who is in it or comes later is told the same sentence.
 """
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
 import hmac
 import os
@@ -18,7 +19,7 @@ import time
 from typing import Callable, Optional
 
 from commlib.rendezvous_wire import (
-    MAX_HELLO_NBYTES, MAX_HEADER_NBYTES, MAX_VALUE_NBYTES, PROTOCOL, Decoder, Hello, Message, WireError, encode,
+    MAX_HEADER_NBYTES, MAX_HELLO_NBYTES, MAX_VALUE_NBYTES, PROTOCOL, Decoder, Hello, Message, WireError, encode,
     hello_of, spell_ranks)
 
 MAX_KEYS = 1 << 20  # of one room: some 16 per rank are used
@@ -152,11 +153,13 @@ class _Room:
     def _late(self, wait: _Wait) -> str:
         missing = self._missing()
         if missing:
-            return (f"waited {wait.timeout_s:.3g} s, and rank {spell_ranks(missing)} of {self.size} has not come: it was "
-                    "not started, died before it called init(), or cannot reach this host; give slow starts more time "
-                    "with COMMLIB_START_TIMEOUT_S")
+            return (
+                f"waited {wait.timeout_s:.3g} s, and rank {spell_ranks(missing)} of {self.size} has not come: it was "
+                "not started, died before it called init(), or cannot reach this host; give slow starts more time with "
+                "COMMLIB_START_TIMEOUT_S"
+            )
         keys = [key for key in wait.keys if key not in self.values]
-        return f"waited {wait.timeout_s:.3g} s for {', '.join(keys[:4])}: all ranks came, but the one that sets it is stuck"
+        return f"waited {wait.timeout_s:.3g} s for {', '.join(keys[:4])}: all ranks came, but one is stuck before it"
 
 
 class Server:
@@ -202,10 +205,8 @@ class Server:
 
     def _order(self, order: Callable) -> None:
         self._orders.append(order)
-        try:
+        with contextlib.suppress(OSError):  # the thread has ended, or has been woken often enough already
             self._wake_writer.send(b"x")
-        except OSError:
-            pass  # the thread has ended, or has been woken often enough already
 
     # ---- the server's own thread ----
 
@@ -317,10 +318,10 @@ class Server:
             return {"op": "refused", "text": f"this is the store of another job (it belongs to {self._owner})"}
         wanted = hello.generation
         if self._generation is not None and wanted > self._generation:
-            return {"op": "retry", "text": f"{self._owner} is still at initialisation {self._generation}, this is {wanted}"}
+            return {"op": "retry", "text": f"{self._owner} is still at initialisation {self._generation}"}
         if wanted <= self._finished or (self._generation is not None and wanted < self._generation):
-            return {"op": "refused", "text": f"initialisation {wanted} of this job is over, and {hello.who()} comes now: "
-                                             "every rank must call init() and shutdown() equally often"}
+            text = f"initialisation {wanted} of this job is over, and {hello.who()} comes now: "
+            return {"op": "refused", "text": text + "every rank must call init() and shutdown() equally often"}
         return {"op": "welcome", "protocol": PROTOCOL, "owner": self._owner}
 
     def _set(self, connection: _Connection, message: Message) -> None:

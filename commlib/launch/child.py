@@ -1,7 +1,7 @@
 """Becomes one rank: asks the kernel to kill it when commrun dies, then executes the rank's command in its place.
 
-A program of its own (run by path, isolated, without site), because what it does must happen between fork and exec, where
-a Python process with threads may not safely run code. Usage: child.py COMMRUN_PID COMMAND [ARGUMENT ...]
+A program of its own (run by path, isolated, without site), because what it does must happen between fork and exec,
+where a Python process with threads may not safely run code. Usage: child.py COMMRUN_PID COMMAND [ARGUMENT ...]
 """
 import ctypes
 import os

@@ -1,7 +1,7 @@
 """One job of commrun: N rank processes, the store where they meet, and what happens when one of them fails.
 
-A single loop waits for signals and output; nothing polls. Every way out (a failed rank, Ctrl-C, a time-out) is a list of
-signals still to be sent, each at its time.
+A single loop waits for signals and output; nothing polls. Every way out (a failed rank, Ctrl-C, a time-out) is a list
+of signals still to be sent, each at its time.
 """
 from __future__ import annotations
 
@@ -132,8 +132,8 @@ class Job:
             os.makedirs(folder, exist_ok=True)
             copy = open(os.path.join(folder, name), "wb", buffering=0)
         reader, writer = os.pipe()
-        stream = Stream(reader, f"[{rank}] " if self._labels else "", self._options.prefix_output_with_timestamp, terminal,
-                        copy)
+        label = f"[{rank}] " if self._labels else ""
+        stream = Stream(reader, label, self._options.prefix_output_with_timestamp, terminal, copy)
         self._streams.append(stream)
         self._selector.register(reader, selectors.EVENT_READ, stream)
         return writer
@@ -232,7 +232,5 @@ class Job:
 
 
 def _drain(reader: socket.socket) -> None:
-    try:
+    with contextlib.suppress(BlockingIOError):
         reader.recv(4096)
-    except BlockingIOError:
-        pass

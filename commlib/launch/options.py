@@ -12,8 +12,8 @@ _EPILOG = """\
 Each rank finds its place in COMMLIB_RANK, COMMLIB_SIZE, COMMLIB_LOCAL_RANK, COMMLIB_LOCAL_SIZE, COMMLIB_CROSS_RANK and
 COMMLIB_CROSS_SIZE. OMP_NUM_THREADS is set to the number of usable cores divided by N unless it is set already, and
 PYTHONUNBUFFERED to 1 where commrun handles the output. Rank 0 gets commrun's standard input, the others none.
-When a rank fails, the others get 5 s to end with messages of their own, then SIGTERM, then SIGKILL. The exit code is that
-of the first rank that failed, or 128 + the signal that killed it. Nothing that a rank started outlives commrun.
+When a rank fails, the others get 5 s to end with messages of their own, then SIGTERM, then SIGKILL. The exit code is
+that of the first rank that failed, or 128 + the signal that killed it. Nothing that a rank started outlives commrun.
 
 example: commrun -np 2 python train.py
 """
@@ -49,8 +49,8 @@ def parse(arguments: List[str]) -> argparse.Namespace:
 def _check_hosts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     host, _, slots = options.hosts.partition(":")
     if host not in ("localhost", "127.0.0.1"):
-        parser.error(f"-H {options.hosts}: this version starts ranks on this host only (-H localhost:{options.size}); for "
-                     "several hosts start the program with torchrun, mpirun or srun")
+        parser.error(f"-H {options.hosts}: this version starts ranks on this host only (-H localhost:{options.size}); "
+                     "for several hosts start the program with torchrun, mpirun or srun")
     if slots and (not slots.isdigit() or int(slots) < options.size):
         parser.error(f"-H {options.hosts} has fewer than the {options.size} slots that -np asks for")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from typing import BinaryIO, List, Optional
+from typing import BinaryIO, Optional
 
 ENDED = -1  # of Stream.pump
 
@@ -32,8 +32,8 @@ class Stream:
     def pump(self) -> int:
         """Moves what has come: the number of bytes, 0 if there is nothing now, ENDED if nothing will come any more.
 
-        A reader of ours that has gone away (``commrun ... | head``) counts as the end too: with the pipe closed, the rank
-        meets the same SIGPIPE as if it wrote to that reader itself.
+        A reader of ours that has gone away (``commrun ... | head``) counts as the end too: with the pipe closed, the
+        rank meets the same SIGPIPE as if it wrote to that reader itself.
         """
         try:
             data = os.read(self.pipe, _READ_NBYTES)

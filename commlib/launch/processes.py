@@ -1,6 +1,7 @@
-"""Child processes as Linux knows them: started in sessions of their own, reaped, found, killed to the last descendant."""
+"""Child processes as Linux knows them: started in sessions of their own, reaped, found, killed to the last one."""
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -67,18 +68,14 @@ def children() -> List[int]:
 
 def signal_group(group: int, number: int) -> None:
     """Sends a signal to a process group that may be gone already."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
-    except ProcessLookupError:
-        pass
 
 
 def signal_process(pid: int, number: int) -> None:
     """Sends a signal to a process that may be gone already."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def describe(status: int) -> str:
