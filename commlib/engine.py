@@ -50,7 +50,7 @@ class Engine:
         self.forked = False
         self.closed = False
         self._out = ffi.new("cl_operation **")
-        fields = {name: getattr(settings, name) for name in _ENGINE_SETTINGS}
+        fields = {name: getattr(settings, name) for name in ENGINE_SETTINGS}
         engine = ffi.new("cl_engine **")
         _check(lib.cl_engine_new(rank, size, ffi.new("cl_settings *", fields), engine))
         self.pointer = engine[0]
@@ -223,7 +223,7 @@ def native_plan(plan):
     return ffi.gc(native[0], lib.cl_plan_free)
 
 
-_ENGINE_SETTINGS = (
+ENGINE_SETTINGS = (
     "eager_nbytes", "eager_budget_nbytes", "inflight_nbytes", "spin_us", "heartbeat_ms", "lost_ms", "shm_ring_nbytes",
 )  # fmt: skip
 

@@ -112,12 +112,12 @@ static size_t room(ring *r)
 static void publish(ring *r, size_t nbytes)
 {
     r->head += nbytes;
-    atomic_store_explicit(&r->header->head, r->head, memory_order_release);
+    atomic_store(&r->header->head, r->head); /* sequentially consistent: see wake_peer */
 }
 
+/* After publishing: either we see the peer's flag here, or the peer, which set it first, sees what we published. */
 static void wake_peer(shm_link *link)
 {
-    atomic_thread_fence(memory_order_seq_cst);
     cl_ring(link->peer_sleeping, link->peer_doorbell);
 }
 
@@ -180,7 +180,7 @@ static int shm_send(cl_link *base, const cl_frame *frame, const void *payload)
 static void consume(ring *r, size_t nbytes)
 {
     r->tail += nbytes;
-    atomic_store_explicit(&r->header->tail, r->tail, memory_order_release);
+    atomic_store(&r->header->tail, r->tail);
 }
 
 static void read_frame(shm_link *link)
@@ -240,11 +240,9 @@ static int shm_progress(cl_link *base)
     }
     if (events == 0)
         return 0;
-    atomic_thread_fence(memory_order_seq_cst);
-    bool gives_room = atomic_load_explicit(&link->in.header->wants_room, memory_order_relaxed) &&
-                      atomic_exchange(&link->in.header->wants_room, 0);
+    bool gives_room = atomic_load(&link->in.header->wants_room) && atomic_exchange(&link->in.header->wants_room, 0);
     if (written > 0 || gives_room)
-        cl_ring(link->peer_sleeping, link->peer_doorbell);
+        wake_peer(link);
     return events;
 }
 
@@ -256,12 +254,11 @@ static int shm_arm(cl_link *base)
     bool wants = link->sending || link->refused;
     if (wants)
         atomic_store(&link->out.header->wants_room, 1);
-    atomic_thread_fence(memory_order_seq_cst);
     if (atomic_load(&link->in.header->head) != link->in.tail)
         return CL_AGAIN;
     if (!wants)
         return CL_OK;
-    link->out.tail = atomic_load_explicit(&link->out.header->tail, memory_order_acquire);
+    link->out.tail = atomic_load(&link->out.header->tail);
     return link->out.head - link->out.tail > link->out.mask + 1 - LINE ? CL_OK : CL_AGAIN;
 }
 

@@ -23,6 +23,7 @@ typedef struct parcel {
     struct parcel *next;
     double ready_s; /* the receiver's port has all of it */
     bool has_payload;
+    bool forgotten; /* of a receipt: nobody wants it any more */
     cl_frame frame;
     uint8_t payload[];
 } parcel;
@@ -47,7 +48,6 @@ typedef struct sim_link {
     double last_ready_s;
     bool adding;             /* the engine is adding what was handed over last */
     size_t pending_nbytes;
-    uint64_t forgotten;      /* key of the operation that does not want to hear of its sends */
 } sim_link;
 
 typedef struct {
@@ -229,8 +229,7 @@ static void hand_over_ready(cl_sim *sim, sim_link *link)
 static void on_sent(sim_link *link, parcel *receipt)
 {
     link->pending_nbytes -= receipt->frame.nbytes;
-    bool forgotten = receipt->frame.type == CL_FRAME_DATA && receipt->frame.key == link->forgotten;
-    if (!forgotten)
+    if (!receipt->forgotten)
         link->base.sink->sent(link->base.owner, &link->base, &receipt->frame);
     free(receipt);
 }
@@ -261,7 +260,12 @@ static int sim_pollfd(cl_link *base, uint32_t *events)
 
 static void sim_forget(cl_link *base, uint64_t key)
 {
-    ((sim_link *)base)->forgotten = key; /* payloads were copied at send */
+    cl_sim *sim = ((sim_link *)base)->sim; /* payloads were copied at send: only receipts are to be recalled */
+    for (size_t i = 0; i < sim->nevents; i++) {
+        event *e = &sim->events[i];
+        if (e->kind == EVENT_SENT && &e->link->base == base && e->parcel->frame.key == key)
+            e->parcel->forgotten = true;
+    }
 }
 
 static size_t sim_pending(const cl_link *base)

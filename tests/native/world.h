@@ -1,0 +1,49 @@
+/* world.h: several ranks in one process, for tests of the engine: real links and threads, or the simulated network. */
+#ifndef WORLD_H
+#define WORLD_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "../../native/commlib.h"
+
+enum { MAX_RANKS = 8 };
+
+#define CHECK(condition)                                                                       \
+    do {                                                                                       \
+        if (!(condition)) {                                                                    \
+            fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);            \
+            abort();                                                                           \
+        }                                                                                      \
+    } while (0)
+
+typedef struct {
+    int32_t size;
+    cl_engine *engines[MAX_RANKS];
+    cl_plan *ring[MAX_RANKS];     /* all-reduce in `size` chunks */
+    cl_plan *exchange[MAX_RANKS]; /* all-reduce of one chunk: everybody to everybody's neighbour, doubling; powers of two only */
+    cl_plan *gather[MAX_RANKS];   /* all-gather round the ring */
+    cl_plan *scatter[MAX_RANKS];  /* reduce-scatter round the ring: chunk r ends at rank r */
+    cl_plan *shuffle[MAX_RANKS];  /* all-to-all */
+    cl_plan *from_zero[MAX_RANKS]; /* broadcast from rank 0, one after the other */
+} world;
+
+typedef world (*make_world)(int32_t size, const cl_settings *settings);
+
+cl_settings ordinary_settings(void);
+cl_settings tiny_settings(void);
+world shm_world(int32_t size, const cl_settings *settings);
+world tcp_world(int32_t size, const cl_settings *settings);
+void plan_world(world *w);
+void free_world(world *w);
+void free_plans(world *w);
+
+/* A sum of int32 over all ranks under `key`; the plan is the ring unless another is given. */
+cl_request sum_request(const world *w, int32_t rank, uint64_t key, int32_t *data, uint64_t count);
+/* Waits without end for success: a test that hangs is stopped by whoever runs it. */
+void wait_for(cl_operation *operation, int expected_status);
+uint64_t next_random(uint64_t *state);
+
+#endif
