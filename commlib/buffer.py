@@ -102,7 +102,7 @@ def as_buffer(array):
     if isinstance(array, Buffer):
         return array
     if isinstance(array, numpy.generic):
-        return buffer_of_numpy(numpy.asarray(array))
+        return _read_only(numpy.array(array))  # a NumPy scalar cannot be changed
     if hasattr(array, "__array_interface__"):
         return buffer_of_numpy(numpy.asarray(array))
     try:
@@ -113,6 +113,11 @@ def as_buffer(array):
             "numpy.asarray(...), or the adapter of your framework, such as commlib.torch"
         ) from None
     return buffer_of_numpy(numpy.asarray(view))
+
+
+def _read_only(array):
+    array.flags.writeable = False
+    return buffer_of_numpy(array)
 
 
 def writable_buffer(array, what):

@@ -4,6 +4,7 @@
 the communicator's work, and it waits for nothing.
 """
 
+import math
 import threading
 import zlib
 
@@ -12,10 +13,13 @@ from commlib.engine import KIND_CODES, NO_PLAN, native_plan, new_members, new_of
 from commlib.handle import Flight, Handle
 from commlib.layout import Layout
 from commlib.names import Names
+from commlib.reduction import Average
 from commlib.selection import select
 
 # These first tell each other their sizes, or check on every rank that all mean the same.
 _WITH_MEMBERS = frozenset(("broadcast", "allgather", "alltoall", "exchange"))
+
+_FLOAT_CODES = frozenset(DTYPES[dtype][0] for dtype in ("float16", "bfloat16", "float32", "float64"))
 
 _SEGMENT_ALIGNMENT = 64  # elements; the engine cuts chunks on such borders, and so kernels start on whole cache lines
 
@@ -56,7 +60,7 @@ class Submitter:
             priority: the engine's order; lower goes first.
             op: a ReduceOp, for the kinds that reduce.
             root: a rank, for broadcast.
-            scales: (prescale, postscale).
+            scales: (prescale, postscale) as the user wants them.
             shape: what must be equal on all ranks; the source's shape unless given.
             splits: elements per member, for the kinds that exchange them.
             parts: element offsets of the plan's chunks, for reduce-scatter.
@@ -116,7 +120,7 @@ class Submitter:
         request.priority = priority
         request.shape_hash = zlib.crc32(repr(shape).encode())
         request.settings_hash = self._settings_hash
-        request.prescale, request.postscale = scales
+        request.prescale, request.postscale = scales[0], scales[1] * _share(op, dtype, self.engine.size)
         request.count = count
         request.my_part = self.engine.rank
         request.plan, request.segment_count = plan, segment_count
@@ -144,6 +148,17 @@ def _segment_count(segment_nbytes, itemsize):
     if segment_nbytes == 0:
         return 0
     return max(_SEGMENT_ALIGNMENT, segment_nbytes // itemsize // _SEGMENT_ALIGNMENT * _SEGMENT_ALIGNMENT)
+
+
+def _share(op, dtype, size):
+    """What a sum is multiplied by to become the reduction: 1 / size for Average."""
+    if op is not Average or size == 1:
+        return 1.0
+    if DTYPES[dtype][0] in _FLOAT_CODES:
+        return 1.0 / size
+    # Integers are truncated after the product, and 49 * (1 / 49.) is below 1: the next larger factor is right for every
+    # sum below 2^52.
+    return math.nextafter(1.0 / size, 2.0)
 
 
 def _text_of(kind, name, dtype, shape, op, root, scales):

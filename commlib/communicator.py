@@ -102,7 +102,7 @@ class Communicator:
 
     def _allreduce(self, array, source, is_new, name, op, priority, prescale, postscale):
         check_op(op, source.dtype)
-        scales = _scales(op, prescale, postscale, self.size)
+        scales = (float(prescale), float(postscale))
         result, target = (array, source)
         if is_new:
             result, target = new_like(style_of(array, source), source.shape, source.dtype)
@@ -189,7 +189,7 @@ class Communicator:
         check_op(op, source.dtype)
         return self._submitter.submit(
             "reducescatter", name, source, None, priority=priority, op=op,
-            scales=_scales(op, prescale_factor, postscale_factor, self.size),
+            scales=(float(prescale_factor), float(postscale_factor)),
             parts=rows.parts(self.size), finish=partial(rows.scattered, self.rank, self.size),
         )  # fmt: skip
 
@@ -321,7 +321,3 @@ class Communicator:
     def _check_root(self, root_rank):
         if type(root_rank) is not int or not 0 <= root_rank < self.size:
             raise ValueError(f"root_rank must be a rank, an int in [0, {self.size}), not {root_rank!r}")
-
-
-def _scales(op, prescale, postscale, size):
-    return float(prescale), float(postscale) / size if op is Average else float(postscale)

@@ -1,0 +1,129 @@
+"""The rules of the house that matter, as tests: which way imports point, who may touch what, how long files are."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CORE = ROOT / "commlib"
+
+# Lower layers first. A module may import modules of lower layers, and of its own layer unless it is said to be closed.
+LAYERS = [
+    {"_native", "version"},
+    {"errors", "buffer", "names", "reduction", "settings", "timeline", "plan", "cost", "verify", "schedule", "models"},
+    {"algorithms"},
+    {"bootstrap", "rendezvous", "rendezvous_wire", "rendezvous_server", "handshake", "connect"},
+    {"engine", "control", "selection"},
+    {"calibrate", "layout", "handle", "results", "simulate"},
+    {"collective"},
+    {"communicator"},
+    {"session"},
+    {"__init__", "launch"},
+]
+TOUCH_NATIVE = {"engine", "simulate", "calibrate", "errors"}
+READ_ENVIRONMENT = {"bootstrap"}
+FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "mpi4py"}
+
+MOST_LINES = {".py": 450, ".c": 650, ".h": 650}
+LONGEST_LINE = 132
+
+
+def layer_of(module):
+    for number, modules in enumerate(LAYERS):
+        if module in modules:
+            return number
+    return None
+
+
+def python_files():
+    return sorted(path for path in CORE.rglob("*.py"))
+
+
+def top_module(path):
+    parts = path.relative_to(CORE).with_suffix("").parts
+    return parts[0]
+
+
+def imports_of(path):
+    """(module of commlib or top-level package, line) of every import of a file."""
+    package = ("commlib", *path.relative_to(CORE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name.split("."), node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            base += node.module.split(".") if node.module else []
+            for alias in node.names:
+                yield [*base, alias.name], node.lineno
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(CORE)))
+def test_imports_point_down(path):
+    mine = top_module(path)
+    assert layer_of(mine) is not None, f"{mine} is in no layer: give it one in {__file__}"
+    for parts, line in imports_of(path):
+        where = f"{path.name}:{line}"
+        assert parts[0] not in FRAMEWORKS, f"{where}: the core imports the framework {parts[0]}"
+        if parts[0] != "commlib" or len(parts) < 2:
+            continue
+        theirs = parts[1]
+        if theirs == "_native":
+            assert mine in TOUCH_NATIVE, f"{where}: only {', '.join(sorted(TOUCH_NATIVE))} import commlib._native"
+        elif layer_of(theirs) is not None and theirs != mine:
+            assert layer_of(theirs) <= layer_of(mine), f"{where}: {mine} lies below {theirs}"
+
+
+def test_no_import_cycles():
+    edges = {}
+    for path in python_files():
+        targets = {parts[1] for parts, _ in imports_of(path) if parts[0] == "commlib" and len(parts) > 1}
+        edges.setdefault(top_module(path), set()).update(targets)
+    finished, active = set(), []
+
+    def visit(module):
+        assert module not in active, f"import cycle: {' -> '.join([*active, module])}"
+        if module in finished or module not in edges:
+            return
+        active.append(module)
+        for target in edges[module] - {module}:
+            visit(target)
+        finished.add(active.pop())
+
+    for module in list(edges):
+        visit(module)
+
+
+def test_only_bootstrap_reads_the_environment():
+    for path in python_files():
+        if top_module(path) in READ_ENVIRONMENT or top_module(path) == "launch":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = node.attr if isinstance(node, ast.Attribute) else None
+            assert name not in ("environ", "getenv"), f"{path.name}:{node.lineno} reads the environment"
+
+
+def sources():
+    folders = ["commlib", "native", "frameworks", "tests", "examples", "benchmarks"]
+    files = (path for folder in folders for path in (ROOT / folder).rglob("*"))
+    return sorted(path for path in files if path.suffix in MOST_LINES and "_native" not in path.name
+                  and "build" not in path.relative_to(ROOT).parts)  # fmt: skip
+
+
+def test_files_are_short():
+    for path in sources():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        limit = MOST_LINES[path.suffix]
+        assert len(lines) <= limit, f"{path.relative_to(ROOT)} has {len(lines)} lines, more than {limit}: split it"
+        for number, line in enumerate(lines, 1):
+            assert len(line) <= LONGEST_LINE, f"{path.relative_to(ROOT)}:{number} has {len(line)} characters"
+
+
+def test_files_say_what_they_are():
+    for path in sources():
+        if path.name == "__init__.py" and not path.read_text(encoding="utf-8").strip():
+            continue
+        first = path.read_text(encoding="utf-8").lstrip()
+        opening = ('"""',) if path.suffix == ".py" else ("/*", "//")
+        assert first.startswith(opening), f"{path.relative_to(ROOT)} does not open with a few lines that say what it knows"
