@@ -279,6 +279,13 @@ class GradientExchange:
         spans, self._spans = self._spans, []
         return spans
 
+    def forget_costs(self):
+        """Begins all measurements anew."""
+        self.take_spans()
+        self.exposed_s = 0.0
+        for gradient in self.gradients:
+            gradient.exposed_s = 0.0
+
     def check_not_flying(self):
         """For zero_grad().
 

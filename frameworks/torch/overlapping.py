@@ -54,7 +54,7 @@ class Overlapping(Waiting):
     def step(self):
         """Claims all gradients and returns; or, with a reason to wait, makes the whole step."""
         self.finish_updates()  # of parameters that nobody has read since the last step
-        self.meter.add(self.exchange.take_spans())
+        self.account()  # of the last step, whose waits came after it
         self.meter.steps += 1
         result = self._put_off() if self._may_put_off() else self._whole()
         if self.gates.used is not None:

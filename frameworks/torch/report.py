@@ -29,9 +29,9 @@ class Report(dict):
     """What `optimizer.report()` returns: a dict that prints as a table.
 
     Keys:
-        steps: how often step() was called.
+        steps: how often step() was called. The first is not in the times: it measures, probes and imports.
         overlap: "backward and forward", "backward" or "none".
-        communication_s: time in which gradients were under way, in seconds, over all steps.
+        communication_s: time in which gradients were under way, in seconds, over all steps but the first.
         exposed_s: time for which the main thread waited for them.
         hidden_s: communication_s - exposed_s, at least 0.
         fallbacks: reasons, in words, why something is waited for at step().
@@ -42,7 +42,7 @@ class Report(dict):
         hidden = self["hidden_s"] / self["communication_s"] if self["communication_s"] else 0.0
         lines = [
             f"{self['steps']} steps; communication overlaps with: {self['overlap']}",
-            f"communication {self['communication_s']:.3f} s = {self['hidden_s']:.3f} s hidden ({hidden:.0%})"
+            f"after the first step: communication {self['communication_s']:.3f} s = {self['hidden_s']:.3f} s hidden ({hidden:.0%})"
             f" + {self['exposed_s']:.3f} s exposed",
         ]
         lines += [f"waited for at step(): {reason}" for reason in self["fallbacks"]]

@@ -6,14 +6,16 @@ nothing that is computed.
 
 import time
 
+import torch
+
 import commlib
 
 
 def trace_layers(model):
     """Shows every layer's forward and backward of `model` in the timeline, if one is being recorded.
 
-    A layer is a module without children. Forward is drawn from the layer's first hook to its last; backward from the
-    moment at which the gradient of its output exists to that at which the gradient of its input does.
+    A layer is a module without children. Its backward is drawn from the moment at which the gradient of its output exists
+    to that at which the next layer's does, or its own parameters' gradients do, whichever is later.
 
     Args:
         model: an nn.Module.
@@ -28,40 +30,68 @@ def trace_layers(model):
         >>> remove()
         >>> comm.shutdown()
     """
-    handles = []
+    handles, backward = [], _Backward()
     for name, module in model.named_modules():
         if next(module.children(), None) is None:
-            layer = _Layer(name or type(model).__name__)
+            layer = _Layer(name or type(model).__name__, backward)
+            handles.append(module.register_forward_pre_hook(layer.forward_begins))
+            handles.append(module.register_forward_hook(layer.forward_ends))
             handles += [
-                module.register_forward_pre_hook(layer.forward_begins),
-                module.register_forward_hook(layer.forward_ends),
-                module.register_full_backward_pre_hook(layer.backward_begins),
-                module.register_full_backward_hook(layer.backward_ends),
+                parameter.register_post_accumulate_grad_hook(layer.gradient_arrives)
+                for parameter in module.parameters()
+                if parameter.requires_grad
             ]
     return lambda: [handle.remove() for handle in handles]
+
+
+def _span(name, category, begin_s, end_s):
+    timeline = commlib.communicator().timeline
+    if timeline is not None:
+        timeline.span(name, category, begin_s, end_s)
+
+
+class _Backward:
+    """The layer whose backward is running. One begins when another ends, so spans never cross."""
+
+    def __init__(self):
+        self.layer = None
+        self.begin_s = 0.0
+        self.seen_s = None  # when the last gradient of its parameters came
+
+    def enter(self, layer):
+        now_s = time.monotonic()
+        self.leave(now_s)
+        self.layer, self.begin_s, self.seen_s = layer, now_s, None
+
+    def leave(self, now_s):
+        """Draws the open span; it ended when its last gradient came, if no other layer has followed."""
+        if self.layer is not None:
+            _span(f"backward {self.layer.name}", "backward", self.begin_s, now_s)
+        self.layer = None
 
 
 class _Layer:
     """One layer's hooks."""
 
-    def __init__(self, name):
+    def __init__(self, name, backward):
         self.name = name
-        self._begin_s = {}
+        self._backward = backward
+        self._begin_s = 0.0
 
     def forward_begins(self, module, arguments):
-        self._begin_s["forward"] = time.monotonic()
+        if self._backward.layer is not None:
+            # The last layer of the last backward pass: nothing followed it but its own gradients.
+            self._backward.leave(self._backward.seen_s or self._backward.begin_s)
+        self._begin_s = time.monotonic()
 
     def forward_ends(self, module, arguments, result):
-        self._end("forward")
+        _span(f"forward {self.name}", "forward", self._begin_s, time.monotonic())
+        if isinstance(result, torch.Tensor) and result.requires_grad:
+            result.register_hook(self.backward_begins)
 
-    def backward_begins(self, module, gradients):
-        self._begin_s["backward"] = time.monotonic()
+    def backward_begins(self, gradient):
+        self._backward.enter(self)
 
-    def backward_ends(self, module, input_gradients, output_gradients):
-        self._end("backward")
-
-    def _end(self, kind):
-        begin_s = self._begin_s.pop(kind, None)
-        timeline = commlib.communicator().timeline
-        if timeline is not None and begin_s is not None:
-            timeline.span(f"{kind} {self.name}", kind, begin_s, time.monotonic())
+    def gradient_arrives(self, parameter):
+        if self._backward.layer is self:
+            self._backward.seen_s = time.monotonic()

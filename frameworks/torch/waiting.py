@@ -41,16 +41,23 @@ class Waiting:
             self.synchronize()
         elif self.exchange.flying:
             raise RuntimeError("step() within skip_synchronize(), but gradients are on their way: call synchronize() first")
-        self.meter.steps += 1
         self.synchronized = False
         result = self.whole_step()
         self.exchange.rest()
+        self.meter.steps += 1
+        self.account()
         return result
+
+    def account(self):
+        """Adds up what was measured since the last call; the first step's costs, with its one-time work, are dropped."""
+        if self.meter.steps > 1:
+            self.meter.add(self.exchange.take_spans())
+        else:
+            self.exchange.forget_costs()
 
     def synchronize(self):
         """Waits for all gradients; p.grad holds the reduced ones."""
         self.exchange.synchronize()
-        self.meter.add(self.exchange.take_spans())
         self.synchronized = True
 
     def forget(self):
@@ -69,4 +76,5 @@ class Waiting:
 
     def report(self):
         """What all this cost so far."""
+        self.account()
         return make_report(self.meter, self.exchange, self.overlap, self.fallbacks)
