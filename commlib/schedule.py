@@ -74,7 +74,7 @@ def backward_overlap_step_time(layers: Sequence[LayerTime]) -> StepTime:
     """
     _check(layers)
     backward_s = sum(layer.backward_s for layer in layers)
-    return _with_first_wait(layers, max(_arrivals(layers)) - backward_s)
+    return _with_first_wait(layers, max(0, max(_arrivals(layers)) - backward_s))
 
 
 def no_overlap_step_time(layers: Sequence[LayerTime]) -> StepTime:
