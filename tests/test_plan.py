@@ -1,4 +1,6 @@
 """Plans: dependencies, matching, relabelling, packing; and the properties that every algorithm's plans share."""
+import doctest
+import importlib
 import struct
 
 import pytest
@@ -120,3 +122,9 @@ def test_every_algorithm_describes_itself(kind, name):
     text = algorithm(kind, name).__doc__
     for word in ("Rounds:", "Bytes sent per rank:", "Limits:"):
         assert word in text, f"{kind} {name}: its docstring has no {word!r}"
+
+
+@pytest.mark.parametrize("name", ["plan", "verify", "cost", "schedule", "models", "algorithms"])
+def test_examples_in_docstrings_run(name):
+    result = doctest.testmod(importlib.import_module(f"commlib.{name}"))
+    assert result.attempted > 0 and result.failed == 0
