@@ -41,7 +41,7 @@ def load(seed):
 
 
 def shares(nimages, batch_size, generator):
-    """This rank's indices of each batch of one epoch; all ranks draw the same order, and the last odd batch is left out."""
+    """This rank's indices of each batch of one epoch; all ranks draw the same order, and the odd rest is left out."""
     order = torch.randperm(nimages, generator=generator)
     for first in range(0, nimages - batch_size + 1, batch_size):
         yield order[first : first + batch_size][comm.rank() :: comm.size()]
@@ -57,10 +57,10 @@ def accuracy(model, images, labels):
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=64, help="images per step, over all ranks (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step, over all ranks")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--timeline", metavar="FILE", help="write compute and communication of all ranks as a Chrome trace")
+    parser.add_argument("--timeline", metavar="FILE", help="write what all ranks do as a Chrome trace")
     parser.add_argument("--no-overlap", action="store_true", help="wait for all communication in step()")
     return parser.parse_args()
 

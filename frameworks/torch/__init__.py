@@ -35,7 +35,7 @@ def init(comm=None, process_sets=None):
         StartError: a rank did not come in time.
     """
     if comm is not None or process_sets:
-        raise ValueError("init(comm=..., process_sets=...) is not supported yet: call init() and start ranks with commrun")
+        raise ValueError("init(comm=..., process_sets=...) is not supported yet: call init(), and start with commrun")
     commlib.init()
 
 

@@ -1,7 +1,8 @@
 """Bundles: which parameters are updated together, and how a user's optimizer is made to step one bundle only.
 
-The optimizer is the user's own, of whatever class: for the time of one call its `param_groups` name the bundle's parameters
-and no others, with hyper-parameters as they were at step(). Whether that equals a whole step is for probe.py to find out.
+The optimizer is the user's own, of whatever class: for the time of one call its `param_groups` name the bundle's
+parameters and no others, with hyper-parameters as they were at step(). Whether that equals a whole step is for probe.py
+to find out.
 """
 
 import torch
@@ -62,7 +63,7 @@ def groups_of(parameters, index_of, snapshots):
 
 
 def step_groups(optimizer, real_step, groups):
-    """One real step of `optimizer` over `groups` instead of its own param_groups; modes of the caller do not reach it."""
+    """One real step of `optimizer` over `groups` instead of its own; modes of the caller do not reach it."""
     own_groups = optimizer.param_groups
     optimizer.param_groups = groups
     try:

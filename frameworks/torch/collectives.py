@@ -1,4 +1,7 @@
-"""The collectives that wait, on tensors, with Horovod's names, arguments and defaults; all but the in-place ones differentiable."""
+"""The collectives that wait, on tensors, with Horovod's names, arguments and defaults.
+
+All but the in-place ones are differentiable (autograd.py); operations.py has those that return at once.
+"""
 
 import commlib
 from commlib.torch import autograd
@@ -85,7 +88,7 @@ def allgather(tensor, name=None, process_set=global_process_set):
 
 def reducescatter(tensor, name=None, compression=Compression.none, op=commlib.Average, process_set=global_process_set,
                   prescale_factor=1.0, postscale_factor=1.0):  # fmt: skip
-    """Reduces over all ranks and gives each its share of the rows; low ranks get the rows that remain. Differentiable."""
+    """Reduces over all ranks and gives each its share of the rows; low ranks get those that remain. Differentiable."""
     check_compression(compression)
     arguments = (name, op, process_set, prescale_factor, postscale_factor)
     if autograd.is_needed(tensor):

@@ -1,7 +1,7 @@
 """Gates: whoever reads a module's weights first waits for their pending update, and for no other.
 
-Reading happens in two ways. A module's forward begins: a forward pre-hook. Somebody takes a parameter out of a module, by
-attribute (`self.decoder.weight`), by `parameters()`, `state_dict()` or anything built on them: the module's dict of
+Reading happens in two ways. A module's forward begins: a forward pre-hook. Somebody takes a parameter out of a module,
+by attribute (`self.decoder.weight`), by `parameters()`, `state_dict()` or anything built on them: the module's dict of
 parameters is replaced by one that opens the gate first. This file knows modules; what opening means it is told by
 functions, so it knows neither gradients nor optimizers.
 
@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 COMPILED = (
-    "torch.compile with DistributedOptimizer(model=...) is not supported yet: compile the model for inference only, or use "
-    "DistributedOptimizer(optimizer, named_parameters=model.named_parameters())"
+    "a model with DistributedOptimizer(model=...) cannot be compiled as one graph yet: leave out fullgraph=True, or "
+    "use DistributedOptimizer(optimizer, named_parameters=model.named_parameters())"
 )
 
 

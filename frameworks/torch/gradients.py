@@ -116,7 +116,7 @@ class GradientExchange:
         self._frozen.append((parameter, name))
 
     def set_passes(self, passes):
-        """How many backward passes accumulate locally before a gradient is sent; for gradients that are not yet sent."""
+        """How many backward passes accumulate locally before a gradient is sent, from now on."""
         self.passes = passes
         for gradient in self.gradients:
             gradient.passes_left = passes
@@ -127,9 +127,9 @@ class GradientExchange:
         """Backward has accumulated into p.grad: send it, if this was the last pass."""
         if gradient.phase is Phase.CLAIMED:
             raise RuntimeError(
-                f"a gradient arrived for parameter {gradient.name!r}, whose update from the last step() is still pending: "
-                "it was used without its module's forward or attribute (from a list made earlier, perhaps), so its old "
-                "value was used. Call optimizer.synchronize() before such a use, or pass overlap_forward=False"
+                f"a gradient arrived for parameter {gradient.name!r}, whose update from the last step() is still "
+                "pending: it was used without its module's forward or attribute (from a list made earlier, perhaps), "
+                "so its old value was used. Call optimizer.synchronize() before such a use, or pass overlap_forward=False"
             )
         if gradient.phase is Phase.FLYING:
             raise AssertionError(f"{TOO_MANY_PASSES} (parameter {gradient.name!r})")
@@ -165,8 +165,8 @@ class GradientExchange:
         for parameter, name in self._frozen:
             if parameter.requires_grad:
                 raise RuntimeError(
-                    f"parameter {name!r} was frozen when the optimizer was wrapped and requires a gradient now: unfreezing is "
-                    "not supported yet, so make the optimizer and its DistributedOptimizer anew"
+                    f"parameter {name!r} was frozen when the optimizer was wrapped and requires a gradient now: "
+                    "unfreezing is not supported yet, so make the optimizer and its DistributedOptimizer anew"
                 )
 
     def _send(self, gradient):
@@ -187,10 +187,12 @@ class GradientExchange:
     def _dense(self, gradient):
         tensor = gradient.parameter.grad
         if tensor.requires_grad:
-            raise ValueError(f"the gradient of {gradient.name!r} requires a gradient itself: create_graph is not supported")
+            raise ValueError(f"the gradient of {gradient.name!r} requires a gradient: create_graph is not supported")
         if tensor.is_sparse:
             if not self._sparse_as_dense:
-                raise ValueError(f"the gradient of {gradient.name!r} is sparse: pass sparse_as_dense=True to DistributedOptimizer")
+                raise ValueError(
+                    f"the gradient of {gradient.name!r} is sparse: pass sparse_as_dense=True to DistributedOptimizer"
+                )
             tensor = gradient.parameter.grad = tensor.to_dense()
         check_tensor(tensor, f"the gradient of {gradient.name!r}")
         return tensor
@@ -199,9 +201,8 @@ class GradientExchange:
         if self._counts_handle is not None:
             self._counts_handle.wait()  # of the last step, long done: a name is in flight only once
         self._counts = torch.tensor([int(not gradient.absent) for gradient in self.gradients], dtype=torch.int32)
-        self._counts_handle = self.communicator.allreduce_async_(
-            buffer_of(self._counts), name=f"{self.prefix}presence of {self.gradients[0].name}", op=commlib.Sum, priority=0
-        )
+        name = f"{self.prefix}presence of {self.gradients[0].name}"
+        self._counts_handle = self.communicator.allreduce_async_(buffer_of(self._counts), name=name, op=commlib.Sum)
 
     # ---- receiving
 
@@ -219,8 +220,8 @@ class GradientExchange:
             raise AssertionError(f"{ZEROED_IN_FLIGHT} (parameter {gradient.name!r})")
         if present is not gradient.tensor or present._version != gradient.version:
             raise RuntimeError(
-                f"the gradient of {gradient.name!r} was changed while it was being reduced: call optimizer.synchronize() "
-                "between loss.backward() and whatever reads or changes gradients (clipping, unscaling)"
+                f"the gradient of {gradient.name!r} was changed while it was being reduced: call "
+                "optimizer.synchronize() between loss.backward() and whatever changes gradients (clipping, unscaling)"
             )
 
     def wait(self, gradient):

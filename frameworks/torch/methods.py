@@ -1,7 +1,8 @@
 """The methods by which a distributed optimizer differs from the user's own.
 
-The class here is put in front of the user's optimizer class in a run-time subclass, so that everything else is the user's.
-All of commlib's state is in one attribute, `_commlib` (waiting.Waiting or overlapping.Overlapping), which no state_dict shows.
+The class here is put in front of the user's optimizer class in a run-time subclass, so that everything else is the
+user's. All of commlib's state is in one attribute, `_commlib` (waiting.Waiting or overlapping.Overlapping), which no
+state_dict shows.
 """
 
 import copyreg
@@ -20,7 +21,7 @@ class DistributedMethods:
         if closure is not None:
             raise ValueError("step(closure) is not supported yet by commlib.torch.DistributedOptimizer")
         if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
-            raise ValueError("a fused optimizer with a GradScaler is not supported yet: pass fused=False to the optimizer")
+            raise ValueError("a fused optimizer with a GradScaler is not supported yet: make it with fused=False")
         self._opt_called = True  # a learning-rate scheduler asks for it
         return self._commlib.step()
 
@@ -29,7 +30,7 @@ class DistributedMethods:
     step._wrapped_by_lr_sched = True
 
     def synchronize(self):
-        """Waits for all gradients, and for all updates still to come: p.grad and the weights may be read and changed."""
+        """Waits for all gradients and all updates still to come: p.grad and weights may be read and changed."""
         self._commlib.synchronize()
 
     @contextmanager
@@ -71,7 +72,7 @@ class DistributedMethods:
         return {gradient.name: gradient.priority for gradient in self._commlib.exchange.gradients}
 
     def report(self):
-        """Communication so far: hidden and exposed time, priorities, bytes, and what is waited for and why; prints well."""
+        """Communication so far: hidden and exposed time, priorities, bytes, what is waited for and why; prints well."""
         return self._commlib.report()
 
     @property
@@ -102,7 +103,7 @@ class DistributedMethods:
         Raises:
             ValueError: always.
         """
-        raise ValueError("add_param_group after DistributedOptimizer is not supported yet: add the group before wrapping")
+        raise ValueError("add_param_group after DistributedOptimizer is not supported yet: add it before wrapping")
 
     def __reduce_ex__(self, protocol):
         """Copies and pickles are the user's own optimizer."""

@@ -1,7 +1,7 @@
 """The collectives that return at once, on tensors: the core's operations with Horovod's names, arguments and defaults.
 
-With a trailing underscore they work in place. None is differentiable; collectives.py has those that are. This file checks
-tensors and moves them in and out of Buffers; the core does everything else.
+With a trailing underscore they work in place. None is differentiable; collectives.py has those that are. This file
+checks tensors and moves them in and out of Buffers; the core does everything else.
 """
 
 import torch
@@ -70,7 +70,11 @@ def _allreduce(tensor, average, name, op, prescale_factor, postscale_factor, pro
     check_process_set(process_set)
     wire = contiguous(tensor)
     handle = commlib.allreduce_async_(
-        buffer_of(wire), name=name, op=op_of(average, op), prescale_factor=prescale_factor, postscale_factor=postscale_factor
+        buffer_of(wire),
+        name=name,
+        op=op_of(average, op),
+        prescale_factor=prescale_factor,
+        postscale_factor=postscale_factor,
     )
     return Handle(handle, lambda _: _landed(tensor, wire))
 
@@ -150,7 +154,8 @@ def _check_in_place(tensor, what):
     check_tensor(tensor, what)
     if tensor.grad_fn is not None and torch.is_grad_enabled():
         raise ValueError(
-            f"{what} would change a tensor that autograd computed: use {what[:-1]}, which is differentiable, or tensor.detach()"
+            f"{what} would change a tensor that autograd computed: use {what[:-1]}, which is differentiable, or "
+            "tensor.detach()"
         )
 
 

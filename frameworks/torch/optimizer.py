@@ -1,7 +1,7 @@
 """DistributedOptimizer: the user's optimizer, made to train on all ranks.
 
-This file checks arguments, finds names for parameters and puts the parts together. The optimizer object stays the user's:
-its class is swapped for a run-time subclass, so schedulers made before and after hold the same object.
+This file checks arguments, finds names for parameters and puts the parts together. The optimizer object stays the
+user's: its class is swapped for a run-time subclass, so schedulers made before and after hold the same object.
 """
 
 from collections import Counter
@@ -36,14 +36,15 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
 ):
     """Makes an optimizer train on all ranks: gradients are reduced over ranks while backward still runs.
 
-    With `named_parameters` (Horovod's form) step() waits for all gradients. With `model` also the next forward overlaps:
-    the initial state of model and optimizer is rank 0's on every rank, step() returns at once, and each module's forward
-    waits for its own parameters only. Weights are bitwise those of the form that waits. step() takes the gradients:
-    p.grad is None after it.
+    With `named_parameters` (Horovod's form) step() waits for all gradients. With `model` also the next forward
+    overlaps: the initial state of model and optimizer is rank 0's on every rank, step() returns at once, and each
+    module's forward waits for its own parameters only. Weights are bitwise those of the form that waits. step() takes
+    the gradients: p.grad is None after it.
 
     Args:
         optimizer: any torch.optim.Optimizer; it is changed in place and returned.
-        named_parameters: (name, parameter) pairs, usually model.named_parameters(); names match gradients between ranks.
+        named_parameters: (name, parameter) pairs, usually model.named_parameters(); names match gradients between
+            ranks.
         compression: Compression.none.
         backward_passes_per_step: backward passes that accumulate on each rank before a gradient is sent.
         op: Average or Sum over ranks.
@@ -106,7 +107,7 @@ def wrap(optimizer, exchange, named_parameters, model=None, overlap_forward=True
         named_parameters: (name, parameter) of everything that the optimizer trains.
         model, overlap_forward: as for DistributedOptimizer.
     """
-    # What somebody put on the instance is the real step; a scheduler's patch is not needed, as methods.py carries its mark.
+    # What somebody put on the instance is the real step; a scheduler's patch is not needed, as methods.py has its mark.
     patched = vars(optimizer).pop("step", None)
     is_schedulers = getattr(patched, "_wrapped_by_lr_sched", False)
     real_class = type(optimizer)
@@ -119,9 +120,10 @@ def wrap(optimizer, exchange, named_parameters, model=None, overlap_forward=True
     else:
         reason = None if overlap_forward else "overlap_forward=False was asked for"
         if whole_step is patched:
-            reason = f"optimizer.step had been replaced by {getattr(patched, '__qualname__', patched)!r} before wrapping"
+            replacement = getattr(patched, "__qualname__", patched)
+            reason = f"optimizer.step had been replaced by {replacement!r} before wrapping"
         optimizer._commlib = Overlapping(optimizer, exchange, whole_step, model, reason)
-    namespace = {"__module__": real_class.__module__, "__qualname__": real_class.__qualname__, "__doc__": real_class.__doc__}
+    namespace = {name: getattr(real_class, name) for name in ("__module__", "__qualname__", "__doc__")}
     optimizer.__class__ = type(real_class.__name__, (DistributedMethods, real_class), namespace)
     return optimizer
 
@@ -163,7 +165,8 @@ def named_parameters_of(optimizer, model, named_parameters):
     named_parameters = list(named_parameters)
     if any(not isinstance(pair, tuple) for pair in named_parameters):
         raise ValueError(
-            "named_parameters should be a sequence of tuples (name, parameter), usually produced by model.named_parameters()."
+            "named_parameters should be a sequence of tuples (name, parameter), usually produced by "
+            "model.named_parameters()."
         )
     twice = sorted(name for name, uses in Counter(name for name, _ in named_parameters).items() if uses > 1)
     if twice:

@@ -1,8 +1,9 @@
 """The form with `model=`: step() returns at once, and each module's forward waits for its own parameters only.
 
-step() claims the gradients, remembers the hyper-parameters and leaves one pending bundle per module. A gate (gates.py) opens
-a bundle when somebody needs its weights: it waits for the bundle's gradients and has the user's own optimizer update them,
-in the thread that waits. Where that would not give the bits of a whole step (probe.py), step() waits instead and says so.
+step() claims the gradients, remembers the hyper-parameters and leaves one pending bundle per module. A gate (gates.py)
+opens a bundle when somebody needs its weights: it waits for the bundle's gradients and has the user's own optimizer
+update them, in the thread that waits. Where that would not give the bits of a whole step (probe.py), step() waits
+instead and says so.
 """
 
 import logging
@@ -92,7 +93,7 @@ class Overlapping(Waiting):
         finally:
             self._updating = False
             for gradient in self.exchange.gradients:
-                gradient.parameter.grad = None  # as if it had been put off: zero_grad(set_to_none=False) changes nothing
+                gradient.parameter.grad = None  # as if put off: zero_grad(set_to_none=False) makes no difference
             self.exchange.rest()
 
     def _agree_on_order(self):
@@ -101,7 +102,7 @@ class Overlapping(Waiting):
         name = f"{self.exchange.prefix}order of {gradients[0].name}"
         agreed = agree_on_priorities(self.exchange.communicator, gradients, self.gates.used, name)
         if not agreed:
-            _log.warning("commlib: this rank used the parameters in another order than rank 0, whose order gives priority")
+            _log.warning("commlib: this rank used parameters in another order than rank 0, whose order gives priority")
         self.gates.used = None
         self.bundles.sort(key=lambda bundle: min(gradient.priority for gradient in bundle.gradients))
 

@@ -1,8 +1,8 @@
 """The probe: does stepping bundle by bundle give the same bits as one whole step? Tried, not assumed.
 
 Two deep copies of the optimizer, with parameters, state and groups, get the same gradients. One makes whole steps, the
-other steps bundle by bundle, in the way that the real one would. Whatever differs afterwards is a reason to wait at step():
-a norm over all parameters, a counter in a group, a random number.
+other steps bundle by bundle, in the way that the real one would. Whatever differs afterwards is a reason to wait at
+step(): a norm over all parameters, a counter in a group, a random number.
 """
 
 import copy

@@ -42,20 +42,21 @@ class Report(dict):
         hidden = self["hidden_s"] / self["communication_s"] if self["communication_s"] else 0.0
         lines = [
             f"{self['steps']} steps; communication overlaps with: {self['overlap']}",
-            f"after the first step: communication {self['communication_s']:.3f} s = {self['hidden_s']:.3f} s hidden ({hidden:.0%})"
-            f" + {self['exposed_s']:.3f} s exposed",
+            f"after the first step: communication {self['communication_s']:.3f} s"
+            f" = {self['hidden_s']:.3f} s hidden ({hidden:.0%}) + {self['exposed_s']:.3f} s exposed",
         ]
         lines += [f"waited for at step(): {reason}" for reason in self["fallbacks"]]
         if self["tensors"]:
             width = max(len(name) for name in self["tensors"])
             lines.append(f"{'priority':>8}  {'parameter':<{width}}  {'bytes':>12}  {'exposed ms':>10}")
         for name, tensor in sorted(self["tensors"].items(), key=lambda item: item[1]["priority"]):
-            lines.append(f"{tensor['priority']:>8}  {name:<{width}}  {tensor['nbytes']:>12,}  {tensor['exposed_s'] * 1e3:>10.1f}")
+            exposed_ms = tensor["exposed_s"] * 1e3
+            lines.append(f"{tensor['priority']:>8}  {name:<{width}}  {tensor['nbytes']:>12,}  {exposed_ms:>10.1f}")
         return "\n".join(lines)
 
 
 def make_report(meter, exchange, overlap, fallbacks):
-    """The Report of one optimizer: its Meter, its GradientExchange, what overlaps, and reasons why the rest does not."""
+    """The Report of an optimizer, from its Meter, its GradientExchange, what overlaps and why the rest does not."""
     exposed_s = exchange.exposed_s
     return Report(
         steps=meter.steps,

@@ -17,7 +17,8 @@ def broadcast_parameters(params, root_rank):
     """Overwrites tensors with the root's, in place.
 
     Args:
-        params: a state_dict, or (name, tensor) pairs such as model.named_parameters(), or tensors; the same on all ranks.
+        params: a state_dict, or (name, tensor) pairs such as model.named_parameters(), or tensors; the same on all
+            ranks.
         root_rank: whose values everybody gets.
 
     Raises:
@@ -36,7 +37,7 @@ def broadcast_parameters(params, root_rank):
         try:
             pairs = [entry if isinstance(entry, tuple) else (None, entry) for entry in params]
         except TypeError:
-            raise ValueError(f"invalid params of type: {type(params)}; pass model.state_dict() or named_parameters()") from None
+            raise ValueError(f"invalid params of type: {type(params)}; pass model.state_dict()") from None
     for name, tensor in pairs:
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name!r} is a {type(tensor).__name__}, not a tensor: use broadcast_object for it")
@@ -119,7 +120,9 @@ def _state_of(optimizer, parameters):
     index_of = {parameter: index for index, parameter in enumerate(parameters)}
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     counts = [len(group["params"]) for group in optimizer.param_groups]
-    state = [(_Hole("parameter", index_of[key]) if key in index_of else key, value) for key, value in optimizer.state.items()]
+    state = [
+        (_Hole("parameter", index_of[key]) if key in index_of else key, value) for key, value in optimizer.state.items()
+    ]
     return {"groups": groups, "counts": counts, "state": state}
 
 

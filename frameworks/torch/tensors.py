@@ -34,7 +34,7 @@ def check_tensor(tensor, what):
     if tensor.device.type != "cpu":
         raise ValueError(f"{what}: the tensor is on {tensor.device}; only CPU tensors are supported yet (use .cpu())")
     if tensor.layout is not torch.strided:
-        raise ValueError(f"{what}: the tensor's layout is {tensor.layout}; only dense tensors are supported yet (use .to_dense())")
+        raise ValueError(f"{what}: the tensor is {tensor.layout}; only dense tensors are supported yet (.to_dense())")
     if tensor.dtype not in DTYPE_NAMES:
         known = ", ".join(_DTYPE_OF_NAME)
         raise ValueError(f"{what}: dtype {tensor.dtype} is not supported; use one of {known}")
@@ -48,7 +48,8 @@ def contiguous(tensor):
 
 def buffer_of(tensor):
     """The memory of a contiguous CPU tensor as a Buffer, which keeps the tensor alive."""
-    return commlib.Buffer(tensor.data_ptr(), tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], owner=tensor, writable=True)
+    dtype = DTYPE_NAMES[tensor.dtype]
+    return commlib.Buffer(tensor.data_ptr(), tuple(tensor.shape), dtype, owner=tensor, writable=True)
 
 
 def tensor_of(buffer):

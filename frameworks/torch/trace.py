@@ -1,7 +1,7 @@
 """Compute in the timeline: each layer's forward and backward as spans beside the communication.
 
-This file watches modules through hooks and writes to the communicator's timeline while one is being recorded; it changes
-nothing that is computed.
+This file watches modules through hooks and writes to the communicator's timeline while one is being recorded; it
+changes nothing that is computed.
 """
 
 import time
@@ -14,8 +14,8 @@ import commlib
 def trace_layers(model):
     """Shows every layer's forward and backward of `model` in the timeline, if one is being recorded.
 
-    A layer is a module without children. Its backward is drawn from the moment at which the gradient of its output exists
-    to that at which the next layer's does, or its own parameters' gradients do, whichever is later.
+    A layer is a module without children. Its backward is drawn from the moment at which the gradient of its output
+    exists to that at which the next layer's does, or its own parameters' gradients do, whichever is later.
 
     Args:
         model: an nn.Module.

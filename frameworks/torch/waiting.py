@@ -8,8 +8,8 @@ import warnings
 from commlib.torch.report import Meter, make_report
 
 STEP_AFTER_SYNCHRONIZE = (
-    "optimizer.step() called without optimizer.skip_synchronize() context after optimizer.synchronize(). This can cause "
-    "training slowdown. You may want to consider using optimizer.skip_synchronize() context if you use "
+    "optimizer.step() called without optimizer.skip_synchronize() context after optimizer.synchronize(). This can "
+    "cause training slowdown. You may want to consider using optimizer.skip_synchronize() context if you use "
     "optimizer.synchronize() in your code."
 )
 
@@ -40,7 +40,7 @@ class Waiting:
                 warnings.warn(STEP_AFTER_SYNCHRONIZE, stacklevel=4)
             self.synchronize()
         elif self.exchange.flying:
-            raise RuntimeError("step() within skip_synchronize(), but gradients are on their way: call synchronize() first")
+            raise RuntimeError("step() within skip_synchronize(), but gradients are on their way: synchronize() first")
         self.synchronized = False
         result = self.whole_step()
         self.exchange.rest()
@@ -49,7 +49,7 @@ class Waiting:
         return result
 
     def account(self):
-        """Adds up what was measured since the last call; the first step's costs, with its one-time work, are dropped."""
+        """Adds up what was measured since the last call; the first step, with its one-time work, is dropped."""
         if self.meter.steps > 1:
             self.meter.add(self.exchange.take_spans())
         else:

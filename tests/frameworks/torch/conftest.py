@@ -1,4 +1,4 @@
-"""Ranks that can import the test modules beside this file, and torch (never through a folder above, where `torch` is this one)."""
+"""Ranks that can import the test modules beside this file; never through the folder above, which would hide torch."""
 
 import os
 

@@ -1,7 +1,7 @@
 """A communicator whose completions the test controls: for gates and optimizers, in one process and without an engine.
 
-Every reduction leaves its bytes as they are, as if all ranks had the same gradient; `wait` completes an operation at once and
-writes down its name, or fails if the test has forbidden it.
+Every reduction leaves its bytes as they are, as if all ranks had the same gradient; `wait` completes an operation at
+once and writes down its name, or fails if the test has forbidden it.
 """
 
 import commlib
@@ -24,7 +24,7 @@ class DoubleHandle:
 
 
 class DoubleCommunicator:
-    """Attributes: `submitted`: (name, priority) in order; `waited`: names in order; `forbidden`: True: no wait is allowed."""
+    """`submitted`: (name, priority) in order; `waited`: names in order; `forbidden`: True if no wait is allowed."""
 
     def __init__(self, size=2, rank_0_says=None):
         self.size = size

@@ -5,7 +5,7 @@ from torch import nn
 
 
 class Net(nn.Module):
-    """Layers of every kind that matters, registered in the opposite order of use; one weight is used by attribute only."""
+    """Layers registered in the opposite order of use; one weight is used by attribute only."""
 
     def __init__(self):
         super().__init__()

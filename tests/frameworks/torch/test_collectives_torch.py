@@ -30,7 +30,8 @@ def test_every_collective(ranks):
         assert result["scalar"] == 2.0
         assert result["reducescatter"] == shares[rank]
         first = [0, 1, 3][rank]
-        assert result["alltoall"] == ([100 * r + i for r in range(3) for i in range(first, first + rank + 1)], [rank + 1] * 3)
+        rows = [100 * sender + i for sender in range(3) for i in range(first, first + rank + 1)]
+        assert result["alltoall"] == (rows, [rank + 1] * 3)
         assert result["object"] == {"rank": 1}
         assert result["objects"] == ["", "x", "xx"]
 

@@ -179,7 +179,8 @@ def test_gradients_changed_in_flight_are_refused(with_model):
     model = make(Net)
     captured = list(model.parameters())
     names = None if with_model else model.named_parameters()
-    optimizer = distribute(torch.optim.SGD(captured, lr=0.1), DoubleCommunicator(), model if with_model else None, names)
+    optimizer = torch.optim.SGD(captured, lr=0.1)
+    optimizer = distribute(optimizer, DoubleCommunicator(), model if with_model else None, names)
     model(torch.ones(4, 6)).sum().backward()
     nn.utils.clip_grad_norm_(captured, 1.0)
     with pytest.raises(RuntimeError, match="was changed while it was being reduced: call optimizer.synchronize"):
@@ -190,8 +191,8 @@ def test_gradients_changed_in_flight_are_refused(with_model):
 def test_zero_grad_before_step_is_refused(with_model):
     model = make(Net)
     names = None if with_model else model.named_parameters()
-    optimizer = distribute(torch.optim.SGD(model.parameters(), lr=0.1), DoubleCommunicator(), model if with_model else None,
-                           names)  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = distribute(optimizer, DoubleCommunicator(), model if with_model else None, names)
     model(torch.ones(4, 6)).sum().backward()
     with pytest.raises(AssertionError, match="zero_grad.. was called after loss.backward"):
         optimizer.zero_grad(set_to_none=False)
@@ -222,7 +223,8 @@ def test_priorities_are_the_order_of_first_use():
 
 def test_rank_0_decides_the_priorities():
     model = make(Net)
-    optimizer = distribute(torch.optim.SGD(model.parameters(), lr=0.1), DoubleCommunicator(rank_0_says=b"[6,5,4,3,2,1,0]"), model)
+    communicator = DoubleCommunicator(rank_0_says=b"[6,5,4,3,2,1,0]")
+    optimizer = distribute(torch.optim.SGD(model.parameters(), lr=0.1), communicator, model)
     train(model, optimizer, batches(1, rows=4))
     assert list(optimizer.priorities.values()) == [6, 5, 4, 3, 2, 1, 0]
 
@@ -230,7 +232,8 @@ def test_rank_0_decides_the_priorities():
 def test_a_parameter_that_nobody_used_is_sent_and_not_moved():
     model = make(Plain)
     communicator = DoubleCommunicator()
-    optimizer = distribute(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1), communicator, model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    optimizer = distribute(optimizer, communicator, model)
     before = weights(model)
     for _ in range(3):
         optimizer.zero_grad()
@@ -269,7 +272,8 @@ def test_accumulation_sends_after_the_last_pass():
 def test_step_after_synchronize_warns_and_skip_synchronize_does_not(recwarn):
     model = make(Plain)
     communicator = DoubleCommunicator()
-    optimizer = distribute(torch.optim.SGD(model.parameters(), lr=0.1), communicator, named_parameters=model.named_parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = distribute(optimizer, communicator, named_parameters=model.named_parameters())
     for skip in (True, False):
         optimizer.zero_grad()
         model(torch.ones(2, 6)).sum().backward()

@@ -114,8 +114,8 @@ def state_of_rank_0():
 
 def reduce_all_dtypes():
     """dtype name -> [sum, min, max, average of rank + 1 and rank + 2]."""
-    dtypes = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
-              torch.float64]  # fmt: skip
+    integers = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+    dtypes = [*integers, torch.float16, torch.bfloat16, torch.float32, torch.float64]
     return {
         str(dtype): [
             comm.allreduce(torch.tensor([comm.rank() + 1, comm.rank() + 2], dtype=dtype), op=op).tolist()
@@ -173,7 +173,8 @@ def mismatched_parameter():
     """The error of a model whose layer has another width on the last rank, and whether the next operation works."""
     width = 4 if comm.rank() == comm.size() - 1 else 3
     model = nn.Linear(2, width)
-    optimizer = comm.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), named_parameters=model.named_parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = comm.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
     model(torch.ones(1, 2)).sum().backward()
     try:
         optimizer.step()

@@ -1,0 +1,105 @@
+"""What a user does wrong, or what is not supported yet, is refused at the call with words that help."""
+
+import pytest
+import torch
+from torch import nn
+
+import commlib.torch as comm
+
+
+@pytest.fixture(autouse=True)
+def one_rank():
+    """Each test is the only rank of its own session."""
+    comm.init()
+    yield
+    comm.shutdown()
+
+
+def sgd(model=None):
+    return torch.optim.SGD((model or nn.Linear(2, 1)).parameters(), lr=0.1)
+
+
+def test_before_init():
+    comm.shutdown()
+    for call in (comm.rank, comm.size, lambda: comm.allreduce(torch.ones(1)), lambda: comm.DistributedOptimizer(sgd())):
+        with pytest.raises(ValueError, match="init"):
+            call()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"compression": comm.Compression.fp16}, "compression=.* is not supported yet"),
+    ({"process_set": object()}, "process sets are not supported yet"),
+    ({"num_groups": 2}, "num_groups and groups are not supported yet"),
+    ({"groups": []}, "num_groups and groups are not supported yet"),
+    ({"op": comm.Adasum}, "Adasum is not supported yet"),
+    ({"backward_passes_per_step": 0}, "at least 1"),
+    ({"gradient_predivide_factor": 2.0, "op": comm.Sum}, "gradient_predivide_factor not supported with op != Average"),
+    ({"named_parameters": [nn.Parameter(torch.ones(1))]}, "should be a sequence of tuples"),
+    ({"named_parameters": [("a", torch.ones(1)), ("a", torch.zeros(1))]}, "must be unique. Found duplicates: a"),
+    ({"named_parameters": []}, "one or more model parameters were not named"),
+])  # fmt: skip
+def test_arguments_of_the_optimizer(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        comm.DistributedOptimizer(sgd(), **arguments)
+
+
+def test_objects_of_the_optimizer():
+    model = nn.Linear(2, 1)
+    with pytest.raises(TypeError, match="needs a torch.optim.Optimizer, got Linear"):
+        comm.DistributedOptimizer(model)
+    with pytest.raises(TypeError, match="must be a torch.nn.Module, not generator"):
+        comm.DistributedOptimizer(sgd(model), model=model.parameters())
+    with pytest.raises(ValueError, match="not both"):
+        comm.DistributedOptimizer(sgd(model), model.named_parameters(), model=model)
+    with pytest.raises(ValueError, match="is a DistributedOptimizer already"):
+        comm.DistributedOptimizer(comm.DistributedOptimizer(sgd(model), model=model), model=model)
+    with pytest.raises(ValueError, match="torch.compile"):
+        comm.DistributedOptimizer(sgd(model), model=torch.compile(model))
+
+
+def test_methods_that_are_not_supported_yet():
+    model = nn.Linear(2, 1)
+    optimizer = comm.DistributedOptimizer(sgd(model), model=model)
+    with pytest.raises(ValueError, match="step.closure. is not supported yet"):
+        optimizer.step(lambda: None)
+    with pytest.raises(ValueError, match="add_param_group after DistributedOptimizer"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda: comm.allreduce(3.0), TypeError, "allreduce needs a torch.Tensor, got float"),
+    (lambda: comm.allreduce(torch.ones(1, dtype=torch.complex64)), ValueError, "complex64 is not supported"),
+    (lambda: comm.allreduce(torch.ones(2).to_sparse()), ValueError, "only dense tensors"),
+    (lambda: comm.allreduce(torch.ones(2, device="meta")), ValueError, "only CPU tensors"),
+    (lambda: comm.allreduce(torch.ones(1), average=True, op=comm.Sum), ValueError, "op parameter supersedes average"),
+    (lambda: comm.allreduce(torch.ones(1), op=comm.Adasum), ValueError, "Adasum is not supported"),
+    (lambda: comm.allreduce(torch.ones(1), compression=comm.Compression.fp16), ValueError, "compression"),
+    (lambda: comm.allreduce(torch.ones(1), process_set=1), ValueError, "process sets"),
+    (lambda: comm.allreduce(torch.ones(1, requires_grad=True), op=comm.Max), ValueError, "is not differentiable"),
+    (lambda: comm.allreduce_(torch.ones(1, requires_grad=True) * 2), ValueError, "use allreduce, which"),
+    (lambda: comm.broadcast(torch.ones(1), root_rank=1), ValueError, "root_rank"),
+    (lambda: comm.reducescatter(torch.tensor(1.0)), ValueError, "scalar"),
+    (lambda: comm.alltoall(torch.ones(2), splits=[3]), ValueError, "splits"),
+    (lambda: comm.broadcast_parameters(3, root_rank=0), ValueError, "invalid params of type"),
+    (lambda: comm.broadcast_parameters({"a": 3}, root_rank=0), ValueError, "'a' is a int, not a tensor"),
+    (lambda: comm.init(process_sets="dynamic"), ValueError, "not supported yet"),
+])  # fmt: skip
+def test_arguments_of_collectives(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_one_rank_trains_as_without_commlib():
+    torch.manual_seed(1)
+    plain = nn.Linear(2, 1)
+    wrapped = nn.Linear(2, 1)
+    wrapped.load_state_dict(plain.state_dict())
+    for model in (plain, wrapped):
+        optimizer = sgd(model)
+        if model is wrapped:
+            optimizer = comm.DistributedOptimizer(optimizer, model=model)
+            assert type(optimizer).__name__ == "SGD" and isinstance(optimizer, torch.optim.SGD)
+        model(torch.ones(3, 2)).sum().backward()
+        optimizer.step()
+    assert torch.equal(plain.weight, wrapped.weight)
+    assert optimizer.report()["overlap"] == "nothing: there is one rank"
