@@ -8,9 +8,9 @@ The model is stricter than an engine needs to be, so what finishes here finishes
     steps that they depend on are done, not one by one;
   - messages from one rank to another move in list order;
   - a RECV is ready when all that it depends on is done: it lands in place;
-  - a RECV_REDUCE lands in the rank's one staging slot. It is ready when the slot is its own (slots go in list order)
-    and the receives that it depends on are done; sends that it depends on may still be waiting. It is done, and the
-    slot free, when those sends have left too.
+  - a RECV_REDUCE lands in the rank's one staging slot. It is ready when the slot is its own (slots go in list order),
+    the receives that it depends on are done, and the sends that it depends on may go. It is done, and the slot free,
+    when those sends have left too.
 Every event waits only for certain other events, so nothing depends on timing: either all events happen, whatever the
 order, or the same ones never do. Conflicting steps of a rank are ordered by its list (`Plan.dependencies`), and
 messages pair by number, so the value that each message carries is the same in every order too.
@@ -20,7 +20,7 @@ would first send what the other cannot take yet: without a slot, such plans must
 """
 from __future__ import annotations
 
-from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 from .plan import RECV, RECV_REDUCE, SEND, Plan, Shape, StepId, StepKind, matches
 
@@ -139,35 +139,48 @@ Event = StepId
 def waits(plans: Sequence[Plan], staging: bool) -> Dict[Event, Set[Event]]:
     """For each event, the events that must happen before it: the model above, in full."""
     partner = matches(plans)
+    result: Dict[Event, Set[Event]] = {here: set() for here in partner if _kind(plans, here) != RECV}
 
-    def kind_of(here: StepId) -> StepKind:
-        return plans[here.rank].steps[here.index].kind
+    def after(event: Event, steps: Iterable[StepId]) -> None:
+        """The event happens after these steps are done."""
+        result[event].update(partner[step] if _kind(plans, step) == RECV else step for step in steps)
 
-    def done(here: StepId) -> Event:
-        return partner[here] if kind_of(here) == RECV else here
-
-    result: Dict[Event, Set[Event]] = {}
     for plan in plans:
-        on_link: Dict[int, Event] = {}   # the message before, per receiver
-        slot_free: Optional[Event] = None  # the use of the staging slot before
+        last_to: Dict[int, StepId] = {}  # per receiver, the send before
+        last_in_slot: List[StepId] = []  # the RECV_REDUCE before
         for index, step in enumerate(plan.steps):
             here = StepId(plan.rank, index)
-            needed = [StepId(plan.rank, earlier) for earlier in plan.dependencies[index]]
             if step.kind == SEND:
-                landing, needed_to_land = here, needed
-                before, on_link[step.peer] = on_link.get(step.peer), here
+                after(here, needed_by(plan, index))
+                after(here, [last_to[step.peer]] if step.peer in last_to else [])
+                last_to[step.peer] = here
+            elif step.kind == RECV or not staging:
+                after(partner[here], needed_by(plan, index))
             else:
-                staged = staging and step.kind == RECV_REDUCE
-                landing = partner[here]
-                needed_to_land = [earlier for earlier in needed if not staged or kind_of(earlier) != SEND]
-                before = slot_free if staged else None
-            result.setdefault(landing, set()).update(done(earlier) for earlier in needed_to_land)
-            if before is not None:
-                result[landing].add(before)
+                after(partner[here], needed_to_stage(plan, index))
+                after(partner[here], last_in_slot)
+                last_in_slot = [here]
             if step.kind == RECV_REDUCE:
-                result[here] = {landing, *(done(earlier) for earlier in needed)}
-                slot_free = here
+                after(here, [partner[here], *needed_by(plan, index)])
     return result
+
+
+def needed_by(plan: Plan, index: int) -> List[StepId]:
+    """What must be done before a step is."""
+    return [StepId(plan.rank, earlier) for earlier in plan.dependencies[index]]
+
+
+def needed_to_stage(plan: Plan, index: int) -> List[StepId]:
+    """What must be done before a RECV_REDUCE may land in the slot: receives, and what lets the sends go."""
+    result = []
+    for earlier in needed_by(plan, index):
+        is_send = plan.steps[earlier.index].kind == SEND
+        result += needed_by(plan, earlier.index) if is_send else [earlier]
+    return result
+
+
+def _kind(plans: Sequence[Plan], here: StepId) -> StepKind:
+    return plans[here.rank].steps[here.index].kind
 
 
 def progress(plans: Sequence[Plan], staging: bool, pick: Callable[[int], int]) -> Iterator[Event]:

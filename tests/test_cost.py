@@ -38,23 +38,25 @@ def test_closed_form_equals_critical_path(kind, name, size):
 
 @settings(deadline=None, max_examples=150)
 @given(st.sampled_from(ALGORITHMS), st.integers(2, 12), links, st.booleans())
-def test_closed_form_equals_critical_path_on_any_links(algorithm, size, link, one_host):
+def test_closed_form_equals_critical_path_on_any_links(kind_and_name, size, link, one_host):
     shape = Shape((size,) if one_host else (1,) * size)
-    simulated, closed = both(*algorithm, shape, Machine(link, link))
+    if not algorithm(*kind_and_name).applicable(shape):
+        shape = Shape((size,))
+    simulated, closed = both(*kind_and_name, shape, Machine(link, link))
     assert simulated == pytest.approx(closed, rel=1e-12)
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(HIERARCHICAL), st.integers(1, 6), st.integers(1, 6), links, links)
-def test_hierarchical_is_exact_on_two_classes_of_links(algorithm, hosts, ranks, inside, between):
-    simulated, closed = both(*algorithm, Shape((ranks,) * hosts), Machine(inside, between))
+def test_hierarchical_is_exact_on_two_classes_of_links(kind_and_name, hosts, ranks, inside, between):
+    simulated, closed = both(*kind_and_name, Shape((ranks,) * hosts), Machine(inside, between))
     assert simulated == pytest.approx(closed, rel=1e-12)
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(HIERARCHICAL), st.lists(st.integers(1, 5), min_size=1, max_size=6), links, links)
-def test_hierarchical_is_bounded_on_uneven_hosts(algorithm, ranks_per_host, inside, between):
-    simulated, closed = both(*algorithm, Shape(tuple(ranks_per_host)), Machine(inside, between))
+def test_hierarchical_is_bounded_on_uneven_hosts(kind_and_name, ranks_per_host, inside, between):
+    simulated, closed = both(*kind_and_name, Shape(tuple(ranks_per_host)), Machine(inside, between))
     assert simulated <= closed * (1 + 1e-12)
 
 
