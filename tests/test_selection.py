@@ -1,0 +1,80 @@
+"""Settings, selection and calibration: the record survives its file, the choice is pure, bounded and forced on demand."""
+
+import itertools
+import math
+
+import pytest
+
+from commlib import algorithms
+from commlib.calibrate import rounded
+from commlib.layout import Layout
+from commlib.plan import Shape
+from commlib.selection import machine_of, select
+from commlib.settings import Settings
+
+SHAPES = [Shape(hosts) for hosts in [(1,), (2,), (4,), (7,), (2, 2), (3, 2), (1, 1, 1), (4,) * 8, (1,) * 32]]
+SIZES = [0, 1, 8, 4096, 100_000, 1 << 20, 1 << 26]
+
+
+def test_record_survives_its_file(tmp_path):
+    record = Settings(spin_us=3, algorithms=(("broadcast", "binomial"), ("allreduce", "ring")), alpha_inside_s=2.0**-19)
+    record.save(tmp_path / "settings.json")
+    loaded = Settings.load(tmp_path / "settings.json")
+    assert loaded == record and loaded.hash == record.hash and hash(loaded) == hash(record)
+    assert record.algorithms == (("allreduce", "ring"), ("broadcast", "binomial"))
+    assert len({Settings().hash, record.hash, Settings(spin_us=4).hash, Settings(transport="tcp").hash}) == 4
+
+
+def test_overrides_are_text():
+    record = Settings().overridden({"spin_us": "7", "transport": "tcp", "algorithms": "allreduce=ring, barrier=x",
+                                    "gamma_s_per_byte": "1e-10"})  # fmt: skip
+    assert (record.spin_us, record.transport, record.gamma_s_per_byte) == (7, "tcp", 1e-10)
+    assert record.forced_algorithm("allreduce") == "ring" and record.forced_algorithm("alltoall") is None
+
+
+@pytest.mark.parametrize("kind", sorted(algorithms.KINDS))
+def test_choice_is_cheapest_and_bounded(kind):
+    for shape, nbytes, segment_nbytes in itertools.product(SHAPES, SIZES, (1024, 1 << 20)):
+        settings = Settings(segment_nbytes=segment_nbytes)
+        choice = select(kind, nbytes, shape, settings)
+        assert choice == select(kind, nbytes, shape, settings)
+        if shape.size == 1:
+            continue
+        assert 0 < choice.segment_nbytes <= segment_nbytes
+        candidates = algorithms.applicable(kind, shape)
+        size = settings.uneven_nbytes * shape.size if kind in ("allgather", "alltoall") else nbytes
+        costs = {name: machine_of(settings).cost_s(module.terms(shape), size) for name, module in candidates.items()}
+        assert costs[choice.algorithm] == min(costs.values())
+        for name in candidates:
+            assert select(kind, nbytes, shape, settings.replace(algorithms=((kind, name),))).algorithm == name
+
+
+def test_small_and_large_differ():
+    shape = Shape((1,) * 16)
+    small, large = (select("allreduce", nbytes, shape, Settings()).algorithm for nbytes in (8, 1 << 26))
+    assert small != large
+
+
+def test_forced_algorithm_must_fit():
+    with pytest.raises(ValueError, match="no allreduce algorithm named 'pigeon'"):
+        select("allreduce", 8, Shape((2,)), Settings(algorithms=(("allreduce", "pigeon"),)))
+
+
+def test_rounding_hides_noise():
+    assert all(rounded(2.0**-20 * factor) == 2.0**-20 for factor in (0.75, 1.0, 1.4))
+    assert math.log2(rounded(3.3e-7)).is_integer()
+
+
+@pytest.mark.parametrize("hosts", [(0, 1, 0, 1), (0, 1, 1, 0, 2), (1, 0)])
+def test_round_robin_placement(hosts):
+    """Relabelled plans are of the real ranks: every send has its receive."""
+    layout = Layout(hosts)
+    for kind in algorithms.KINDS:
+        for name in algorithms.applicable(kind, layout.shape(kind, 1)):
+            sends, receives = [], []
+            for rank in range(len(hosts)):
+                plan = layout.plan(kind, name, rank, 1)
+                assert plan.rank == rank
+                for step in plan.steps:
+                    (sends if step.kind == 0 else receives).append((rank, step.peer) if step.kind == 0 else (step.peer, rank))
+            assert sorted(sends) == sorted(receives)
