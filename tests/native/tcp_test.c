@@ -265,6 +265,19 @@ static void words_before_a_reset_are_heard(fixture *f)
     EXPECT(f->ended == 2 && f->lost == 1, "%d frames, then lost %d times: %s", f->ended, f->lost, f->reason);
 }
 
+/* The first write draws a reset, the second finds no reader: without MSG_NOSIGNAL it would end the program. */
+static void a_write_to_nobody_is_no_signal(fixture *f)
+{
+    close(f->bare);
+    f->bare = -1;
+    for (int i = 1; i <= 2; i++) {
+        EXPECT(cl_tcp_transport.send(f->link, &(cl_frame){.type = 1}, NULL) == CL_OK, "send");
+        cl_tcp_transport.tick(f->link, 1e6 + 0.1 * i); /* writes, and does not read */
+    }
+    progress_all(f);
+    EXPECT(f->lost == 1, "lost %d times: %s", f->lost, f->reason);
+}
+
 /* The kernel still holds our last words, and words of the peer lie unread: a plain close would reset both away. */
 static void a_close_keeps_its_last_words(fixture *f)
 {
@@ -342,6 +355,7 @@ static const struct {
     {"a quiet end is told", a_quiet_end_is_told},
     {"a reset is told", a_reset_is_told},
     {"words before a reset are heard", words_before_a_reset_are_heard},
+    {"a write to nobody is no signal", a_write_to_nobody_is_no_signal},
     {"a close keeps its last words", a_close_keeps_its_last_words},
     {"wrong arguments are refused", wrong_arguments_are_refused},
     {"the socket is set up", the_socket_is_set_up},

@@ -17,14 +17,22 @@ typedef struct {
     void *context;     /* the factory's own */
 } transport_pair;
 
+/* What a transport has, and so is held to. */
+enum {
+    IS_REAL = 1,     /* it moves by progress(), fills up, sleeps and wakes; else by somebody's clock, in advance() */
+    TELLS_CLOSE = 2, /* a link notices that its peer is closed; else somebody else does (shm: a pidfd) */
+};
+
 typedef struct {
     const char *name;
-    bool tells_close; /* a closed link is noticed by its peer (tcp), and not by somebody else (shm: the pidfd) */
+    int traits;
     void (*open)(transport_pair *pair, const cl_settings *settings);
     /* After both links are closed, or NULL. */
     void (*clean_up)(transport_pair *pair);
     /* A descriptor that is rung for an armed link without one of its own, made ready to ring, or NULL. */
     int (*doorbell)(transport_pair *pair, int side);
+    /* Lets time pass, for what is not real. */
+    void (*advance)(transport_pair *pair);
 } transport_factory;
 
 /* Prints what it runs; returns only if all is well. Same seed, same run (but for the kernel's timing). */
