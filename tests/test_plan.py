@@ -2,6 +2,7 @@
 import doctest
 import importlib
 import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -128,3 +129,9 @@ def test_every_algorithm_describes_itself(kind, name):
 def test_examples_in_docstrings_run(name):
     result = doctest.testmod(importlib.import_module(f"commlib.{name}"))
     assert result.attempted > 0 and result.failed == 0
+
+
+def test_the_documentation_names_every_algorithm():
+    text = (Path(__file__).parent.parent / "docs" / "algorithms.md").read_text()
+    missing = [name for _, name in ALGORITHMS if f"`{name}`" not in text]
+    assert not missing, f"docs/algorithms.md does not describe {missing}"
