@@ -15,20 +15,24 @@
 #define HALF_REGISTER __m128i
 #define KERNEL_TARGET __attribute__((target("avx2,f16c")))
 
-KERNEL_TARGET static inline __m256 half_to_float32(__m128i x) {
+KERNEL_TARGET static inline __m256 half_to_float32(__m128i x)
+{
     return _mm256_cvtph_ps(x);
 }
 
-KERNEL_TARGET static inline __m128i float32_to_half(__m256 x) {
+KERNEL_TARGET static inline __m128i float32_to_half(__m256 x)
+{
     return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
 }
 
 #include "kernels_vector.h"
 
 /* Every processor with AVX2 has F16C; a hypervisor may hide it, but older compilers have no cheap way to ask. */
-static int avx2_supported(void) {
+static int avx2_supported(void)
+{
 #if __GNUC__ >= 11
-    if (!__builtin_cpu_supports("f16c")) return 0;
+    if (!__builtin_cpu_supports("f16c"))
+        return 0;
 #endif
     return __builtin_cpu_supports("avx2");
 }

@@ -9,9 +9,12 @@
 #include <string.h>
 
 /* `end` is the first double above the type's range: 2^n is exact, INT64_MAX is not. */
-KERNEL_TARGET static int64_t saturated(double x, int64_t low, int64_t high, double end) {
-    if (x != x) return 0;
-    if (x >= end) return high;
+KERNEL_TARGET static int64_t saturated(double x, int64_t low, int64_t high, double end)
+{
+    if (x != x)
+        return 0;
+    if (x >= end)
+        return high;
     return x <= (double)low ? low : (int64_t)x;
 }
 

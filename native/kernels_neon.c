@@ -15,17 +15,20 @@
 #define HALF_REGISTER float16x4_t
 #define KERNEL_TARGET /* the base instruction set has it */
 
-KERNEL_TARGET static inline float32x4_t half_to_float32(float16x4_t x) {
+KERNEL_TARGET static inline float32x4_t half_to_float32(float16x4_t x)
+{
     return vcvt_f32_f16(x);
 }
 
-KERNEL_TARGET static inline float16x4_t float32_to_half(float32x4_t x) {
+KERNEL_TARGET static inline float16x4_t float32_to_half(float32x4_t x)
+{
     return vcvt_f16_f32(x);
 }
 
 #include "kernels_vector.h"
 
-static int neon_supported(void) {
+static int neon_supported(void)
+{
     return 1;
 }
 

@@ -16,57 +16,71 @@
 
 /* ---- floats as bits ---- */
 
-static uint32_t bits_of_float32(float x) {
+static uint32_t bits_of_float32(float x)
+{
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     return bits;
 }
 
-static float float32_of_bits(uint32_t bits) {
+static float float32_of_bits(uint32_t bits)
+{
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
 }
 
-static double float64_of_bits(uint64_t bits) {
+static double float64_of_bits(uint64_t bits)
+{
     double x;
     memcpy(&x, &bits, sizeof x);
     return x;
 }
 
-static float canonical_float32(float x) {
+static float canonical_float32(float x)
+{
     return x == x ? x : float32_of_bits(0x7fc00000u);
 }
 
-static double canonical_float64(double x) {
+static double canonical_float64(double x)
+{
     return x == x ? x : float64_of_bits(0x7ff8000000000000u);
 }
 
 /* ---- 16-bit floats ---- */
 
-static float float32_of_bfloat16(uint16_t bits) {
+static float float32_of_bfloat16(uint16_t bits)
+{
     return float32_of_bits((uint32_t)bits << 16);
 }
 
-static uint16_t bfloat16_of_float32(float x) {
-    if (x != x) return 0x7fc0;
+static uint16_t bfloat16_of_float32(float x)
+{
+    if (x != x)
+        return 0x7fc0;
     const uint32_t bits = bits_of_float32(x);
     /* Nearest even; the carry may reach infinity, rightly. */
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-static float float32_of_float16(uint16_t bits) {
+static float float32_of_float16(uint16_t bits)
+{
     const uint32_t sign = (uint32_t)(bits & 0x8000) << 16, magnitude = bits & 0x7fff;
-    if (magnitude >= 0x7c00) return float32_of_bits(sign | 0x7f800000u | (magnitude & 0x3ff) << 13);
-    if (magnitude < 0x400) return float32_of_bits(sign | bits_of_float32((float)magnitude * 0x1p-24f)); /* denormal */
+    if (magnitude >= 0x7c00)
+        return float32_of_bits(sign | 0x7f800000u | (magnitude & 0x3ff) << 13);
+    if (magnitude < 0x400) /* denormal */
+        return float32_of_bits(sign | bits_of_float32((float)magnitude * 0x1p-24f));
     return float32_of_bits(sign | ((magnitude << 13) + (112u << 23))); /* exponent bias 15 to 127 */
 }
 
-static uint16_t float16_of_float32(float x) {
-    if (x != x) return 0x7e00;
+static uint16_t float16_of_float32(float x)
+{
+    if (x != x)
+        return 0x7e00;
     const uint32_t bits = bits_of_float32(x), magnitude = bits & 0x7fffffffu;
     const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
-    if (magnitude >= 0x477ff000u) return sign | 0x7c00; /* from 65520 on, nearest even is infinity */
+    if (magnitude >= 0x477ff000u) /* from 65520 on, nearest even is infinity */
+        return sign | 0x7c00;
     if (magnitude < 0x38800000u) { /* below 2^-14: adding 0.5 leaves multiples of 2^-24, rounded by the hardware */
         const float shifted = float32_of_bits(magnitude) + 0.5f;
         return (uint16_t)(sign | (bits_of_float32(shifted) - bits_of_float32(0.5f)));
@@ -76,15 +90,21 @@ static uint16_t float16_of_float32(float x) {
 
 /* ---- order: -0 below +0, NaN wins; every narrower float goes through double unchanged ---- */
 
-static double minimum(double x, double y) {
-    if (x != x || y != y) return NAN;
-    if (x == y) return signbit(x) ? x : y;
+static double minimum(double x, double y)
+{
+    if (x != x || y != y)
+        return NAN;
+    if (x == y)
+        return signbit(x) ? x : y;
     return x < y ? x : y;
 }
 
-static double maximum(double x, double y) {
-    if (x != x || y != y) return NAN;
-    if (x == y) return signbit(x) ? y : x;
+static double maximum(double x, double y)
+{
+    if (x != x || y != y)
+        return NAN;
+    if (x == y)
+        return signbit(x) ? y : x;
     return x < y ? y : x;
 }
 
@@ -166,7 +186,8 @@ FLOAT_SCALE(scale_bfloat16, uint16_t, bfloat16_of_float32(float32_of_bfloat16(x)
 FLOAT_SCALE(scale_float32, float, canonical_float32(x * (float)factor))
 FLOAT_SCALE(scale_float64, double, canonical_float64(x * factor))
 
-static int plain_supported(void) {
+static int plain_supported(void)
+{
     return 1;
 }
 

@@ -127,21 +127,25 @@ FLOAT_ORDER(float64, vector_int64, 0x7fffffffffffffff, 0x7ff0000000000000, 0x7ff
 
 /* ---- sums and products of floats ---- */
 
-KERNEL_TARGET static inline vector_float32 canonical_float32(vector_float32 x) {
+KERNEL_TARGET static inline vector_float32 canonical_float32(vector_float32 x)
+{
     const vector_uint32 nan = (vector_uint32){0} + 0x7fc00000u;
     return (vector_float32)SELECT(vector_uint32, x != x, nan, x);
 }
 
-KERNEL_TARGET static inline vector_float64 canonical_float64(vector_float64 x) {
+KERNEL_TARGET static inline vector_float64 canonical_float64(vector_float64 x)
+{
     const vector_uint64 nan = (vector_uint64){0} + 0x7ff8000000000000u;
     return (vector_float64)SELECT(vector_uint64, x != x, nan, x);
 }
 
-KERNEL_TARGET static inline vector_float32 from_float16(half_vector_uint16 x) {
+KERNEL_TARGET static inline vector_float32 from_float16(half_vector_uint16 x)
+{
     return (vector_float32)half_to_float32((HALF_REGISTER)x);
 }
 
-KERNEL_TARGET static inline half_vector_uint16 to_float16(vector_float32 x) {
+KERNEL_TARGET static inline half_vector_uint16 to_float16(vector_float32 x)
+{
     return (half_vector_uint16)float32_to_half((FLOAT32_REGISTER)canonical_float32(x));
 }
 
@@ -153,12 +157,14 @@ KERNEL_TARGET static inline half_vector_uint16 to_float16(vector_float32 x) {
 #define UPPER(x) ((vector_float32)((vector_uint32)(x) & 0xffff0000u))
 #define LOWER(x) ((vector_float32)((vector_uint32)(x) << 16))
 
-KERNEL_TARGET static inline vector_uint32 rounded_bfloat16(vector_float32 x) {
+KERNEL_TARGET static inline vector_uint32 rounded_bfloat16(vector_float32 x)
+{
     const vector_uint32 bits = (vector_uint32)canonical_float32(x);
     return bits + 0x7fff + (bits >> 16 & 1);
 }
 
-KERNEL_TARGET static inline vector_uint16 to_bfloat16(vector_float32 upper, vector_float32 lower) {
+KERNEL_TARGET static inline vector_uint16 to_bfloat16(vector_float32 upper, vector_float32 lower)
+{
     return (vector_uint16)((rounded_bfloat16(upper) & 0xffff0000u) | (rounded_bfloat16(lower) >> 16));
 }
 

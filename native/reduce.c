@@ -27,56 +27,72 @@ static const size_t dtype_nbytes[CL_DTYPE_END] = {
     [CL_FLOAT16] = 2, [CL_BFLOAT16] = 2, [CL_FLOAT32] = 4, [CL_FLOAT64] = 8, [CL_BOOL] = 1,
 };
 
-static int is_dtype(int32_t dtype) {
+static int is_dtype(int32_t dtype)
+{
     return dtype >= 0 && dtype < CL_DTYPE_END;
 }
 
-size_t cl_dtype_nbytes(int32_t dtype) {
+size_t cl_dtype_nbytes(int32_t dtype)
+{
     return is_dtype(dtype) ? dtype_nbytes[dtype] : 0;
 }
 
-const cl_kernels *cl_kernels_best(void) {
+const cl_kernels *cl_kernels_best(void)
+{
     int index = 0;
-    while (!kernel_sets[index]->supported()) index++;
+    while (!kernel_sets[index]->supported())
+        index++;
     return kernel_sets[index];
 }
 
-const char *cl_kernels_name(int index) {
+const char *cl_kernels_name(int index)
+{
     return index >= 0 && index < KERNEL_SETS ? kernel_sets[index]->name : NULL;
 }
 
-int cl_kernels_supported(int index) {
+int cl_kernels_supported(int index)
+{
     return index >= 0 && index < KERNEL_SETS && kernel_sets[index]->supported();
 }
 
 static int reduce_with(const cl_kernels *kernels, int32_t dtype, int32_t reduction, void *acc, const void *in,
-                       size_t count) {
-    if (!is_dtype(dtype) || reduction < 0 || reduction >= CL_REDUCTION_END) return CL_INVALID;
+                       size_t count)
+{
+    if (!is_dtype(dtype) || reduction < 0 || reduction >= CL_REDUCTION_END)
+        return CL_INVALID;
     kernels->reduce[dtype][reduction](acc, in, count);
     return CL_OK;
 }
 
 static int scale_with(const cl_kernels *kernels, int32_t dtype, void *out, const void *in, size_t count,
-                      double factor) {
-    if (!is_dtype(dtype)) return CL_INVALID;
+                      double factor)
+{
+    if (!is_dtype(dtype))
+        return CL_INVALID;
     kernels->scale[dtype](out, in, count, factor);
     return CL_OK;
 }
 
-int cl_reduce(int32_t dtype, int32_t reduction, void *acc, const void *in, size_t count) {
+int cl_reduce(int32_t dtype, int32_t reduction, void *acc, const void *in, size_t count)
+{
     return reduce_with(cl_kernels_best(), dtype, reduction, acc, in, count);
 }
 
-int cl_scale(int32_t dtype, void *out, const void *in, size_t count, double factor) {
+int cl_scale(int32_t dtype, void *out, const void *in, size_t count, double factor)
+{
     return scale_with(cl_kernels_best(), dtype, out, in, count, factor);
 }
 
-int cl_reduce_with(int index, int32_t dtype, int32_t reduction, void *acc, const void *in, size_t count) {
-    if (!cl_kernels_supported(index)) return CL_INVALID;
+int cl_reduce_with(int index, int32_t dtype, int32_t reduction, void *acc, const void *in, size_t count)
+{
+    if (!cl_kernels_supported(index))
+        return CL_INVALID;
     return reduce_with(kernel_sets[index], dtype, reduction, acc, in, count);
 }
 
-int cl_scale_with(int index, int32_t dtype, void *out, const void *in, size_t count, double factor) {
-    if (!cl_kernels_supported(index)) return CL_INVALID;
+int cl_scale_with(int index, int32_t dtype, void *out, const void *in, size_t count, double factor)
+{
+    if (!cl_kernels_supported(index))
+        return CL_INVALID;
     return scale_with(kernel_sets[index], dtype, out, in, count, factor);
 }

@@ -35,7 +35,8 @@ static uint64_t next_random(uint64_t *state) { /* splitmix64 */
 }
 
 /* Half of the elements are random bits, half are special; the array starts `skew` bytes into the buffer. */
-static void fill(unsigned char *buffer, size_t skew, size_t element_nbytes, uint64_t *random) {
+static void fill(unsigned char *buffer, size_t skew, size_t element_nbytes, uint64_t *random)
+{
     memset(buffer, 0xa5, BUFFER_NBYTES);
     for (size_t i = skew; i + 8 <= BUFFER_NBYTES; i += element_nbytes) {
         const uint64_t choice = next_random(random);
@@ -50,16 +51,20 @@ typedef struct {
 } buffers;
 
 /* Compares whole buffers: what lies around the array must not change either. */
-static int differs(const buffers *b, const char *set, const char *what, int32_t dtype, int32_t which, size_t count) {
-    if (!memcmp(b->acc, b->expected, BUFFER_NBYTES)) return 0;
+static int differs(const buffers *b, const char *set, const char *what, int32_t dtype, int32_t which, size_t count)
+{
+    if (!memcmp(b->acc, b->expected, BUFFER_NBYTES))
+        return 0;
     size_t at = 0;
-    while (b->acc[at] == b->expected[at]) at++;
+    while (b->acc[at] == b->expected[at])
+        at++;
     fprintf(stderr, "%s %s: dtype %" PRId32 ", case %" PRId32 ", %zu elements: byte %zu is %02x, plain has %02x\n", set,
             what, dtype, which, count, at, b->acc[at], b->expected[at]);
     return 1;
 }
 
-static int check_reduce(int set, int plain, int32_t dtype, size_t count, size_t skew, uint64_t *random) {
+static int check_reduce(int set, int plain, int32_t dtype, size_t count, size_t skew, uint64_t *random)
+{
     int failures = 0;
     buffers b;
     for (int32_t reduction = 0; reduction < CL_REDUCTION_END; reduction++) {
@@ -73,7 +78,8 @@ static int check_reduce(int set, int plain, int32_t dtype, size_t count, size_t 
     return failures;
 }
 
-static int check_scale(int set, int plain, int32_t dtype, size_t count, size_t skew, uint64_t *random) {
+static int check_scale(int set, int plain, int32_t dtype, size_t count, size_t skew, uint64_t *random)
+{
     int failures = 0;
     buffers b;
     for (int32_t i = 0; i < (int32_t)(sizeof factors / sizeof factors[0]); i++) {
@@ -89,7 +95,8 @@ static int check_scale(int set, int plain, int32_t dtype, size_t count, size_t s
     return failures;
 }
 
-static int check_set(int set, int plain, uint64_t *random) {
+static int check_set(int set, int plain, uint64_t *random)
+{
     int failures = 0;
     for (int32_t dtype = 0; dtype < CL_DTYPE_END; dtype++)
         for (size_t count = 0; count <= LONGEST && failures < 20; count++) {
@@ -100,11 +107,13 @@ static int check_set(int set, int plain, uint64_t *random) {
     return failures;
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
     uint64_t random = argc > 1 ? strtoull(argv[1], NULL, 0) : 1;
     int plain = 0, failures = 0;
     printf("seed %" PRIu64 "\n", random);
-    while (cl_kernels_name(plain + 1)) plain++;
+    while (cl_kernels_name(plain + 1))
+        plain++;
     for (int set = 0; cl_kernels_name(set); set++) {
         if (!cl_kernels_supported(set)) {
             printf("%s not supported by this processor\n", cl_kernels_name(set));
