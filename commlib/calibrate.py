@@ -8,15 +8,16 @@ import math
 import time
 
 from commlib._native import ffi, lib
-from commlib.engine import AGAIN, native_plan, new_request, new_text
+from commlib.engine import AGAIN, native_plan, new_request, new_text, operation_times
 from commlib.errors import CommlibError
 from commlib.names import base_key, key_of_use
 from commlib.plan import Plan, recv, send
 
-_SMALL_NBYTES = 64
-_LARGE_NBYTES = 256 << 10
-_ROUNDS = 6  # about 10 us and 300 us each on shared memory, ten times that on a network: some ms in all
-_REDUCE_NBYTES = 256 << 10
+# The best of many small ones is free of other processes' noise; large ones take 0.1 ms on shared memory and 1 ms on a
+# 10 Gbit/s network, to and fro.
+_SMALL_NBYTES, _SMALL_ROUNDS = 64, 24
+_LARGE_NBYTES, _LARGE_ROUNDS = 512 << 10, 5
+_REDUCE_NBYTES, _REDUCE_ROUNDS = 256 << 10, 6
 _WAIT_S = 10.0
 
 
@@ -38,8 +39,8 @@ def calibrated(settings, engine, hosts):
         names = (f"alpha_{place}_s", f"beta_{place}_s_per_byte")
         if peer is None or engine.rank not in (0, peer) or all(getattr(settings, name) for name in names):
             continue
-        small_s = _one_way_s(engine, place, peer, _SMALL_NBYTES)
-        large_s = _one_way_s(engine, place, peer, _LARGE_NBYTES)
+        small_s = _one_way_s(engine, place, peer, _SMALL_NBYTES, _SMALL_ROUNDS)
+        large_s = _one_way_s(engine, place, peer, _LARGE_NBYTES, _LARGE_ROUNDS)
         beta = max(large_s - small_s, 1e-9) / (_LARGE_NBYTES - _SMALL_NBYTES)
         changes.update(zip(names, (rounded(small_s), rounded(beta))))
     if engine.rank == 0 and engine.size > 1:
@@ -62,7 +63,7 @@ def _first(hosts, same):
     return next((rank for rank in range(1, len(hosts)) if (hosts[rank] == hosts[0]) == same), None)
 
 
-def _one_way_s(engine, place, peer, nbytes):
+def _one_way_s(engine, place, peer, nbytes, rounds):
     """The shortest of some ping-pongs, halved."""
     other = peer if engine.rank == 0 else 0
     away, back = send(other, 0, 1), recv(other, 0, 1)
@@ -75,20 +76,20 @@ def _one_way_s(engine, place, peer, nbytes):
     native = native_plan(plan)
     request.plan, request.input, request.output, request.count = native, memory, memory, nbytes
     base = base_key("calibration", place, str(nbytes))
-    return min(_round_s(engine, request, key_of_use(base, use)) for use in range(_ROUNDS)) / 2
+    return min(_round_s(engine, request, key_of_use(base, use)) for use in range(rounds)) / 2
 
 
 def _round_s(engine, request, key):
     request.key = key
     operation = engine.submit(request)
     try:
-        begin_s = engine.now()
         status = engine.wait(operation, _WAIT_S)
         if status == AGAIN:
             engine.shutdown(0)  # the memory of the ping-pong goes away now
             raise CommlibError(f"a ping-pong with a peer took more than {_WAIT_S:g} s: is it stopped or overloaded?")
         engine.check()
-        return engine.now() - begin_s
+        submitted_s, _, done_s = operation_times(operation)
+        return done_s - submitted_s
     finally:
         engine.release(operation)
 
@@ -98,7 +99,7 @@ def _reduction_s():
     count = _REDUCE_NBYTES // 4
     accumulator, operand = ffi.new("float[]", count), ffi.new("float[]", count)
     times_s = []
-    for _ in range(_ROUNDS):
+    for _ in range(_REDUCE_ROUNDS):
         begin_s = time.perf_counter()
         lib.cl_reduce(lib.CL_FLOAT32, lib.CL_SUM, accumulator, operand, count)
         times_s.append(time.perf_counter() - begin_s)
