@@ -15,7 +15,7 @@ import socket
 import struct
 import time
 from dataclasses import dataclass
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 from commlib.bootstrap import Placement, StartError
 from commlib.handshake import TOKEN_NBYTES, Shaken, shake
@@ -45,18 +45,17 @@ class SharedPeer(NamedTuple):
                 os.close(descriptor)
 
 
-class Endpoint:
+class Endpoint(Protocol):
     """What `connect` needs of an engine. The attach methods own the descriptors given to them, also when they raise."""
 
     def create_shared(self, npeers: int) -> Tuple[int, int]:
         """Makes this rank's shared memory for `npeers` peers; returns (memfd, doorbell), which stay the engine's."""
-        raise NotImplementedError
 
     def attach_shared(self, peer: int, shared: SharedPeer) -> None:
-        raise NotImplementedError
+        """Links a peer of this host."""
 
     def attach_tcp(self, peer: int, descriptor: int) -> None:
-        raise NotImplementedError
+        """Links a peer by a connected, non-blocking socket."""
 
 
 @dataclass(frozen=True)

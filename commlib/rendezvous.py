@@ -114,8 +114,8 @@ def _reach(address: str, owner: str, hello: Hello, timeout_s: float) -> "_Channe
         if time.monotonic() + pause_s >= deadline:
             raise StartError(
                 f"rank {hello.rank} waited {timeout_s:.3g} s for the store of {owner} at {address} ({reason}): is "
-                f"{owner} running, and can this host reach it? Give slow starts more time with COMMLIB_START_TIMEOUT_S, or set "
-                "COMMLIB_STORE=HOST:PORT to an address of rank 0's host on every rank",
+                f"{owner} running, and can this host reach it? Give slow starts more time with "
+                "COMMLIB_START_TIMEOUT_S, or set COMMLIB_STORE=HOST:PORT to an address of rank 0's host on every rank",
                 rank=0 if owner == "rank 0" else None,
             )
         time.sleep(pause_s)

@@ -20,7 +20,8 @@ from typing import Callable, Optional
 
 from commlib.rendezvous_wire import (
     MAX_HEADER_NBYTES, MAX_HELLO_NBYTES, MAX_VALUE_NBYTES, PROTOCOL, Decoder, Hello, Message, WireError, encode,
-    hello_of, spell_ranks)
+    hello_of, spell_ranks,
+)  # fmt: skip
 
 MAX_KEYS = 1 << 20  # of one room: some 16 per rank are used
 _READ_NBYTES = 1 << 16

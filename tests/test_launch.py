@@ -101,6 +101,7 @@ def test_ranks_that_ignore_sigterm_are_killed(mark):
     (("-np", "2", "-H", "a:1,b:1", "true"), 2, ("this host only", "torchrun")),
     (("-np", "2", "-H", "localhost:1", "true"), 2, ("fewer",)),
     (("-np", "2", "--start-timeout", "0", "true"), 2, ("positive",)),
+    (("-np", "2", "--output-filename", "/proc/none", "true"), 2, ("/proc/none", "folder")),
 ])
 def test_mistakes_get_a_message(arguments, code, words):
     ran = run(*arguments)
@@ -117,10 +118,18 @@ def test_the_command_keeps_its_own_options(mark):
 
 # ---- environment and input ---------------------------------------------------------------------------------------
 
+# One write per line: ranks share a pipe, and print() may write its newline apart.
+PLACE = """
+import sys
+from commlib.bootstrap import discover
+names = "launcher rank size local_rank local_size cross_rank cross_size start_timeout_s".split()
+placement = discover()
+sys.stdout.write(" ".join(str(getattr(placement, name)) for name in names) + "\\n")
+"""
+
+
 def test_ranks_know_their_place(mark):
-    program = "from commlib.bootstrap import discover; p = discover(); print(*[getattr(p, n) for n in " \
-              "'launcher rank size local_rank local_size cross_rank cross_size start_timeout_s'.split()])"
-    ran = run("-np", "2", "--start-timeout", "7", sys.executable, "-c", program, env=environ_with(mark))
+    ran = run("-np", "2", "--start-timeout", "7", sys.executable, "-c", PLACE, env=environ_with(mark))
     assert sorted(ran.out.splitlines()) == ["commrun 0 2 0 2 0 1 7.0", "commrun 1 2 1 2 0 1 7.0"], ran.err
 
 
@@ -330,11 +339,19 @@ def test_without_commrun_a_kill_of_rank_0_is_noticed(mark):
     assert "StartError: rank 0 was lost while the job started" in errors[1]
 
 
+GATHER = """
+import sys
+from commlib.bootstrap import discover
+from commlib.rendezvous import join
+placement = discover()
+with join(placement, 1, "1", 15.0) as store:
+    values = store.gather("all", b"%d" % store.rank)
+sys.stdout.write(f"{placement.launcher} {values}\\n")
+"""
+
+
 @pytest.mark.skipif(shutil.which("torchrun") is None, reason="no torchrun on PATH")
 def test_a_real_torchrun(mark):
-    program = ("from commlib.bootstrap import discover\nfrom commlib.rendezvous import join\np = discover()\n"
-               "with join(p, 1, '1', 15.0) as store: print(p.launcher, store.gather('all', b'%d' % p.rank))")
-    ran = subprocess.run(["torchrun", "--no-python", "--nproc-per-node", "2", sys.executable, "-c", program],
-                         env=environ_with(mark), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
-                         text=True, check=False)
+    command = ["torchrun", "--no-python", "--nproc-per-node", "2", sys.executable, "-c", GATHER]
+    ran = subprocess.run(command, env=environ_with(mark), capture_output=True, timeout=60, text=True, check=False)
     assert ran.stdout.splitlines() == ["torchrun [b'0', b'1']"] * 2, ran.stderr

@@ -157,7 +157,8 @@ class Job:
         self._escalate()
 
     def _reap(self, server: Optional[Server]) -> None:
-        for pid, status in processes.reap():
+        # several that ended before we looked: whoever was killed has hardly failed because of the others
+        for pid, status in sorted(processes.reap(), key=lambda ended: not os.WIFSIGNALED(ended[1])):
             rank = self._ranks.pop(pid, None)
             if rank is not None:
                 self._ended(rank, pid, status, server)

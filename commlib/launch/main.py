@@ -9,6 +9,7 @@ from typing import List, Optional
 from commlib.launch.job import Job
 from commlib.launch.options import parse
 
+CANNOT_WRITE = 2
 NOT_EXECUTABLE, NOT_FOUND = 126, 127  # what shells answer
 
 
@@ -22,6 +23,13 @@ def main(arguments: Optional[List[str]] = None) -> int:
     program = options.command[0]
     if shutil.which(program) is None:
         return _complain(program)
+    if options.output_filename is not None:
+        try:
+            os.makedirs(options.output_filename, exist_ok=True)
+        except OSError as error:
+            print(f"commrun: --output-filename {options.output_filename}: {error.strerror}; name a folder that can be "
+                  "written", file=sys.stderr)
+            return CANNOT_WRITE
     return Job(options, dict(os.environ)).run()
 
 

@@ -6,6 +6,7 @@ import math
 from typing import List
 
 from commlib.bootstrap import START_TIMEOUT_S
+from commlib.version import VERSION
 
 _DESCRIPTION = "Starts N ranks of a program on this host and stops all of them when one fails."
 _EPILOG = """\
@@ -34,6 +35,7 @@ def parse(arguments: List[str]) -> argparse.Namespace:
     add("--prefix-output", action="store_true", help="put [rank] before each line that a rank prints")
     add("--prefix-output-with-timestamp", action="store_true", help="the same, with date and time")
     add("--output-filename", metavar="DIR", help="also write each rank's output to DIR/rank.R/stdout and stderr")
+    add("--version", action="version", version=f"commrun {VERSION}")
     add("--verbose", action="store_true", help="say what is started and how it ends")
     add("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="the program, with its arguments")
     options = parser.parse_args(arguments)
