@@ -1,10 +1,14 @@
 /*
  * reduce.c: which kernel sets there are, which one this processor gets, and the checked calls of commlib.h.
  *
- * Knows no arithmetic: that is in kernels_*.c, by the rules in reduce.h. Keeps no state.
+ * Knows no arithmetic: that is in kernels_*.c, by the rules in reduce.h, in the floating-point mode that is set here.
+ * Keeps no state.
  */
 #include <stddef.h>
 #include <stdint.h>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include "commlib.h"
 #include "reduce.h"
@@ -55,12 +59,73 @@ int cl_kernels_supported(int index)
     return index >= 0 && index < KERNEL_SETS && kernel_sets[index]->supported();
 }
 
+/* ---- the floating-point mode ---- */
+
+#if defined(__x86_64__)
+enum { ORDINARY_MODE = 0x1f80, SEEN_FLAGS = 0x3f }; /* MXCSR at the start of a program; bits that only record */
+
+static uint64_t read_mode(void)
+{
+    return _mm_getcsr() & ~(unsigned)SEEN_FLAGS;
+}
+
+static void write_mode(uint64_t mode)
+{
+    _mm_setcsr((unsigned)mode);
+}
+#elif defined(__aarch64__)
+enum { ORDINARY_MODE = 0 }; /* FPCR */
+
+static uint64_t read_mode(void)
+{
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+}
+
+static void write_mode(uint64_t mode)
+{
+    __asm__ volatile("msr fpcr, %0" : : "r"(mode));
+}
+#else
+enum { ORDINARY_MODE = 0 }; /* no way to ask: taken for ordinary */
+
+static uint64_t read_mode(void)
+{
+    return ORDINARY_MODE;
+}
+
+static void write_mode(uint64_t mode)
+{
+    (void)mode;
+}
+#endif
+
+/* Writing is slow next to reading, and nearly never needed. */
+uint64_t cl_float_mode_enter(void)
+{
+    const uint64_t mode = read_mode();
+    if (mode != ORDINARY_MODE)
+        write_mode(ORDINARY_MODE);
+    return mode;
+}
+
+void cl_float_mode_restore(uint64_t mode)
+{
+    if (mode != ORDINARY_MODE)
+        write_mode(mode);
+}
+
+/* ---- checked calls ---- */
+
 static int reduce_with(const cl_kernels *kernels, int32_t dtype, int32_t reduction, void *acc, const void *in,
                        size_t count)
 {
     if (!is_dtype(dtype) || reduction < 0 || reduction >= CL_REDUCTION_END)
         return CL_INVALID;
+    const uint64_t mode = cl_float_mode_enter();
     kernels->reduce[dtype][reduction](acc, in, count);
+    cl_float_mode_restore(mode);
     return CL_OK;
 }
 
@@ -69,7 +134,9 @@ static int scale_with(const cl_kernels *kernels, int32_t dtype, void *out, const
 {
     if (!is_dtype(dtype))
         return CL_INVALID;
+    const uint64_t mode = cl_float_mode_enter();
     kernels->scale[dtype](out, in, count, factor);
+    cl_float_mode_restore(mode);
     return CL_OK;
 }
 

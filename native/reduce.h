@@ -9,6 +9,8 @@
  *   - integers wrap; a bool is any non-zero byte, and a result is 0 or 1;
  *   - scaling an integer goes through fp64, rounds toward zero, saturates at the type's range; NaN gives 0;
  *     a bool is scaled to "true and factor is not 0".
+ * They hold in the ordinary floating-point mode. A thread may have left it (torch.set_flush_denormal, fesetround): whoever
+ * calls through the table enters it first, once for many calls; the functions of commlib.h do so by themselves.
  * Buffers need no alignment. acc and in, out and in, are the same memory or do not overlap.
  */
 #ifndef CL_REDUCE_H
@@ -31,6 +33,10 @@ typedef struct {
 
 /* The best set that this processor runs; a const table, never NULL. Costs a few loads, but is worth keeping. */
 const cl_kernels *cl_kernels_best(void);
+
+/* Enters the mode of the rules above: nearest even, denormals kept, no traps. Returns the thread's own mode, to restore. */
+uint64_t cl_float_mode_enter(void);
+void cl_float_mode_restore(uint64_t mode);
 
 extern const cl_kernels cl_kernels_avx512; /* x86-64 only */
 extern const cl_kernels cl_kernels_avx2;   /* x86-64 only */

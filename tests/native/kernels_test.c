@@ -4,6 +4,7 @@
  * Self-contained, so that it also runs under an emulator of another architecture. The plain set itself is held to NumPy
  * by tests/test_kernels.py. Usage: kernels_test [SEED]; the seed is printed, and the same seed is the same run.
  */
+#include <fenv.h>
 #include <inttypes.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -107,6 +108,22 @@ static int check_set(int set, int plain, uint64_t *random)
     return failures;
 }
 
+/* A mode that the calling thread has left behind changes no bit, and is still there afterwards. */
+static int check_mode(int set)
+{
+    const float tiny = 0x1p-30f;
+    float sum = 1, product = 1;
+    fesetround(FE_UPWARD);
+    int failures = cl_reduce_with(set, CL_FLOAT32, CL_SUM, &sum, &tiny, 1) != CL_OK;
+    failures += cl_scale_with(set, CL_FLOAT32, &product, &product, 1, 1.0 / 3) != CL_OK;
+    failures += fegetround() != FE_UPWARD;
+    fesetround(FE_TONEAREST);
+    failures += sum != 1 || product != (float)(1.0 / 3);
+    if (failures)
+        fprintf(stderr, "%s: the rounding mode of the caller shows\n", cl_kernels_name(set));
+    return failures;
+}
+
 int main(int argc, char **argv)
 {
     uint64_t random = argc > 1 ? strtoull(argv[1], NULL, 0) : 1;
@@ -119,7 +136,7 @@ int main(int argc, char **argv)
             printf("%s not supported by this processor\n", cl_kernels_name(set));
             continue;
         }
-        const int failed = check_set(set, plain, &random);
+        const int failed = check_set(set, plain, &random) + check_mode(set);
         printf("%s %s\n", cl_kernels_name(set), failed ? "FAILED" : "ok");
         failures += failed;
     }
