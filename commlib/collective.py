@@ -21,6 +21,8 @@ _WITH_MEMBERS = frozenset(("broadcast", "allgather", "alltoall", "exchange"))
 
 _FLOAT_CODES = frozenset(DTYPES[dtype][0] for dtype in ("float16", "bfloat16", "float32", "float64"))
 
+_MOST_REQUESTS = 8192  # more tensors than models have; about 1 KB each
+
 _SEGMENT_ALIGNMENT = 64  # elements; the engine cuts chunks on such borders, and so kernels start on whole cache lines
 
 
@@ -41,6 +43,7 @@ class Submitter:
         self._names = Names(group, KIND_CODES)
         self._lock = threading.Lock()
         self._plans = {}
+        self._described = []  # names whose request is filled in
         self._members = new_members(range(engine.size))
         self.use_settings(settings)
 
@@ -48,7 +51,9 @@ class Submitter:
         """Takes over a settings record; nothing is in flight."""
         self.settings = settings
         self._settings_hash = settings.hash
-        self._names.forget_requests()
+        for use in self._described:
+            use.forget_request()
+        self._described.clear()
 
     def submit(self, kind, name, source, target, *, priority=0, op=None, root=-1, scales=(1.0, 1.0), shape=None,
                splits=None, parts=None, keep=None, finish=None, result=None):  # fmt: skip
@@ -70,6 +75,7 @@ class Submitter:
         Raises:
             ValueError: the name is in flight.
         """
+        self.engine.check_open()  # before the lock, which a thread of the parent may have held at the fork
         use = self._names.use(kind, name)
         if use.handle is not None:
             self._free_name(kind, use)
@@ -109,7 +115,9 @@ class Submitter:
         """Fills in all of a request that does not change from one use of a name to the next."""
         dtype, count, shape, op, root, priority, scales, parts = signature
         use.signature = None  # while the request is half written
-        request = use.request = use.request or new_request()
+        if use.request is None:
+            self._make_request(use)
+        request = use.request
         code, itemsize = DTYPES[dtype]
         plan, segment_count = self._plan(kind, count * itemsize, itemsize, max(root, 0))
         text = new_text(_text_of(kind, use.name, dtype, shape, op, root, scales))
@@ -130,6 +138,15 @@ class Submitter:
             request.members, request.nmembers = self._members, self.engine.size
         use.keep = (text, offsets, plan)
         use.signature = signature
+
+    def _make_request(self, use):
+        """Programs may make up names without end; what is kept of them beside their number of uses is bounded."""
+        if len(self._described) >= _MOST_REQUESTS:
+            for old in self._described:
+                old.forget_request()
+            self._described.clear()
+        self._described.append(use)
+        use.request = new_request()
 
     def _plan(self, kind, nbytes, itemsize, root):
         """The engine's plan for an operation, made once per (kind, algorithm, root), and elements per segment."""

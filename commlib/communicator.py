@@ -277,6 +277,7 @@ class Communicator:
     def after_fork(self):
         """Called in a forked child, before anything else: gives up the engine, and touches nothing of the parent's."""
         self._engine.after_fork()
+        self.timeline = self._submitter.flight.timeline = None
 
     def stats(self):
         """What this rank has done so far: counts and bytes, a dict.

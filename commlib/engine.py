@@ -84,12 +84,15 @@ class Engine:
 
     def submit(self, request):
         """Posts a request and returns its operation; the caller holds its lock, and releases the operation."""
-        if self.forked or self.closed:
-            self.check()
         status = lib.cl_submit(self.pointer, request, self._out)
         if status:
             raise error_of(status, _REFUSED if status == lib.CL_INVALID else "")
         return self._out[0]
+
+    def check_open(self):
+        """Raises if this is a forked child, or the engine was shut down."""
+        if self.forked or self.closed:
+            self.check()
 
     def check(self):
         """Raises what ended this engine, if anything did: a fork, a shutdown, a lost peer."""

@@ -9,8 +9,8 @@ from commlib.engine import AGAIN, operation_error, operation_times
 # What a handle knows of its operation without asking.
 _RUNNING, _WELL, _FAILED = 0, 1, 2
 
-# A sweep asks every handle; done when their number has doubled, it costs a few questions per submission.
-_FIRST_SWEEP = 64
+# A sweep asks every handle; done when so many were added, or a quarter, it costs a few questions per submission.
+_SWEEP_EVERY = 64
 
 
 class Handle:
@@ -102,7 +102,7 @@ class Flight:
         self.engine = engine
         self.timeline = None  # told of every take-off and landing, if there is one
         self._handles = {}
-        self._sweep_at = _FIRST_SWEEP
+        self._sweep_at = _SWEEP_EVERY
 
     def __len__(self):
         return len(self._handles)
@@ -110,12 +110,14 @@ class Flight:
     def add(self, handle):
         """Keeps a handle, and now and then lets go of those that are done."""
         handles = self._handles
+        if handles:
+            self._let_go_if_done(next(iter(handles.values())))  # so that few calls, too, let go of all that were dropped
         handles[id(handle)] = handle
         if self.timeline is not None:
             self.timeline.submitted(handle)
         if len(handles) >= self._sweep_at:
             self.sweep()
-            self._sweep_at = max(_FIRST_SWEEP, 2 * len(handles))
+            self._sweep_at = len(handles) + max(_SWEEP_EVERY, len(handles) // 4)
 
     def discard(self, handle):
         """Forgets a handle that was never submitted."""
@@ -131,6 +133,9 @@ class Flight:
     def sweep(self):
         """Lets go of every handle whose operation is done."""
         for handle in list(self._handles.values()):
-            # Without an operation it is being submitted by another thread just now.
-            if handle.operation is not None and handle.done():
-                self.landed(handle)
+            self._let_go_if_done(handle)
+
+    def _let_go_if_done(self, handle):
+        # Without an operation it is being submitted by another thread just now.
+        if handle.operation is not None and handle.done():
+            self.landed(handle)

@@ -45,6 +45,10 @@ class Use:
         self.count += 1
         return key
 
+    def forget_request(self):
+        """What was asked for last is out of date; how often the name was used is not."""
+        self.request = self.signature = self.keep = None
+
 
 class Names:
     """All names that one communicator has used, per kind."""
@@ -62,11 +66,5 @@ class Names:
         if use is None:
             if name is not None and type(name) is not str:
                 raise TypeError(f"the name of an operation is a string, not {type(name).__name__}")
-            use = uses[name] = Use(self.group, kind, name)
+            use = uses.setdefault(name, Use(self.group, kind, name))  # another thread may be first
         return use
-
-    def forget_requests(self):
-        """What was asked for last is out of date; how often each name was used is not."""
-        for uses in self._uses.values():
-            for use in uses.values():
-                use.request = use.signature = use.keep = None

@@ -34,7 +34,6 @@ class Timeline:
         self.rank = rank
         self.part_path = f"{self.path}.rank{rank}"
         self._lock = threading.Lock()
-        self._pid = os.getpid()
         self._events = []
         self._tracks = {}
         self._free_lanes = []
@@ -42,7 +41,7 @@ class Timeline:
         self._flushed_s = time.monotonic()
         # Monotonic clocks of hosts begin at will; the epoch is what they share.
         self.epoch_us = round((time.time() - time.monotonic()) * 1e6)
-        self._file = open(self.part_path, "w+b")
+        self._file = open(self.part_path, "w+b", buffering=0)  # a forked child must find nothing to write at its end
         self._file.write(b"[\n]")
         self._metadata("process_name", 0, {"name": f"rank {rank}", "start_time_since_epoch_in_micros": self.epoch_us})
         self._metadata("process_sort_index", 0, {"sort_index": rank})
@@ -99,11 +98,10 @@ class Timeline:
         with self._lock:
             events, self._events = self._events, []
             self._flushed_s = time.monotonic()
-            if events and os.getpid() == self._pid:
+            if events:
                 self._file.seek(-1, os.SEEK_END)
                 comma = b",\n" if self._file.tell() > 2 else b""
                 self._file.write(comma + b",\n".join(json.dumps(event).encode() for event in events) + b"]")
-                self._file.flush()
 
     def finish(self, exchange):
         """Joins the files of all ranks in the one that rank 0 writes.

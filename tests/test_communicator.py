@@ -51,6 +51,21 @@ def test_threads(ranks_of, transport):
     ranks_of(2, transport=transport).call(submit_from_threads)
 
 
+def many_names():
+    """What is kept of names beside their number of uses is bounded, and their operations still match."""
+    import commlib.collective
+
+    communicator = commlib.communicator()
+    most, commlib.collective._MOST_REQUESTS = commlib.collective._MOST_REQUESTS, 7
+    for i in list(range(30)) + list(range(30)):
+        assert communicator.allreduce(np.full(i, 1.0), name=f"name {i}", op=commlib.Sum, timeout_s=20).sum() == i * 2
+    commlib.collective._MOST_REQUESTS = most
+
+
+def test_many_names(ranks_of):
+    ranks_of(2, transport="shm").call(many_names)
+
+
 def count_operations():
     communicator = commlib.communicator()
     before = communicator.stats()

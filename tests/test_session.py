@@ -109,13 +109,13 @@ def drop_handles():
     assert total.tolist() == [communicator.size] * 4
     for _ in range(200):
         communicator.allreduce_async(np.ones(10))
-    communicator.barrier()
-    communicator.allreduce(np.ones(1))
+    for _ in range(300):
+        communicator.allreduce(np.ones(1))
     return communicator.stats()["in_flight"]
 
 
 def test_dropped_handles(ranks_of):
-    assert max(ranks_of(2, transport="shm").call(drop_handles)) < 200
+    assert max(ranks_of(2, transport="shm").call(drop_handles)) <= 1
 
 
 def time_out_and_go_on():
