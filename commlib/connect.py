@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 from commlib.bootstrap import Placement, StartError
-from commlib.handshake import TOKEN_NBYTES, Shaken, shake
+from commlib.handshake import NEWS_S, TOKEN_NBYTES, Shaken, shake
 from commlib.rendezvous import Store
 from commlib.rendezvous_wire import spell_ranks
 
@@ -342,7 +342,7 @@ def _call(store: Store, peer: int, addresses: Sequence[str], port: int, deadline
             return socket.create_connection((address, port), max(0.1, min(_CONNECT_S, deadline - time.monotonic())))
         except OSError as error:
             reasons.append(f"{address} port {port}: {error}")
-    store.check()
+    store.check(NEWS_S)
     raise StartError(
         f"rank {store.rank} cannot connect to rank {peer} ({'; '.join(reasons) or 'it has no address'}): open the "
         "firewall between the hosts, or name a network with COMMLIB_INTERFACE=NAME on every rank",

@@ -18,10 +18,10 @@ from commlib.bootstrap import StartError
 from commlib.rendezvous_wire import spell_ranks
 
 TOKEN_NBYTES = 16
+NEWS_S = 2.0  # how long the store gets to say why a peer hung up, before this rank guesses
 _MAGIC = b"clhs"
 _HELLO = struct.Struct(f"!4s{TOKEN_NBYTES}sII")  # magic, the job's token, from rank, to rank
 _MAX_DESCRIPTORS = 8
-_NEWS_S = 2.0  # how long the store gets to say why a peer hung up, before this rank guesses
 
 
 class Shaken(NamedTuple):
@@ -195,7 +195,7 @@ class _Shaking:
             half.close()
         if half.peer >= 0:
             self.hung_up = self.hung_up or reason
-            self.news_deadline = min(self.news_deadline, time.monotonic() + _NEWS_S)
+            self.news_deadline = min(self.news_deadline, time.monotonic() + NEWS_S)
 
     def close_all(self) -> None:
         for connection in self.done.values():

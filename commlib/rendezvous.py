@@ -260,10 +260,10 @@ class Store:
             return None, None
         return self._channel.sock.getsockname()[0], self._channel.sock.getpeername()[0]
 
-    def check(self) -> None:
-        """Raises StartError if the start has failed on some rank; does not wait."""
+    def check(self, wait_s: float = 0.0) -> None:
+        """Raises StartError if the start has failed on some rank, or does so within `wait_s`."""
         if self._channel is not None:
-            self._receive(0.0)
+            self._receive(wait_s)
 
     def abort(self, text: str) -> None:
         """Fails the start on every rank, with this rank's reason."""

@@ -231,10 +231,20 @@ def test_a_signal_ends_the_whole_family(mark, number):
     assert not marked(mark)
 
 
+INTERRUPTIBLE = """
+import signal, sys
+try:
+    sys.stdout.write("up\\n")
+    sys.stdout.flush()
+    signal.pause()
+except KeyboardInterrupt:
+    sys.stdout.write("interrupted\\n")
+    sys.exit(7)
+"""
+
+
 def test_ctrl_c_reaches_python_programs(mark):
-    program = ("import signal, sys\ntry:\n print('up', flush=True)\n signal.pause()\n"
-               "except KeyboardInterrupt:\n print('interrupted'); sys.exit(7)")
-    process = start("-np", "2", sys.executable, "-c", program, env=environ_with(mark))
+    process = start("-np", "2", sys.executable, "-c", INTERRUPTIBLE, env=environ_with(mark))
     for _ in range(2):
         assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGINT)
