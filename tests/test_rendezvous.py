@@ -262,7 +262,7 @@ def test_a_taken_port_names_the_variable():
             join(placement_of(0, 2, address), 1, "1", TIMEOUT_S)
 
 
-@pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:0", "host:65536", "unix:@", "unix:/tmp/x",
+@pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:0", "host:65536", "unix:@", "unix:/run/x",
                                      "unix:@" + "x" * 108])
 def test_a_malformed_address_is_an_error(address):
     with pytest.raises(StartError, match="HOST:PORT"):
