@@ -111,7 +111,7 @@ class Flight:
         """Keeps a handle, and now and then lets go of those that are done."""
         handles = self._handles
         if handles:
-            self._let_go_if_done(next(iter(handles.values())))  # so that few calls, too, let go of all that were dropped
+            self._let_go_of_oldest()  # so that few calls, too, let go of all that were dropped
         handles[id(handle)] = handle
         if self.timeline is not None:
             self.timeline.submitted(handle)
@@ -133,6 +133,14 @@ class Flight:
     def sweep(self):
         """Lets go of every handle whose operation is done."""
         for handle in list(self._handles.values()):
+            self._let_go_if_done(handle)
+
+    def _let_go_of_oldest(self):
+        try:
+            handle = next(iter(self._handles.values()), None)
+        except RuntimeError:  # another thread's operation landed just now
+            return
+        if handle is not None:
             self._let_go_if_done(handle)
 
     def _let_go_if_done(self, handle):
