@@ -5,6 +5,8 @@ communicator of a process, of which there is one; it is the only state that this
 """
 
 import atexit
+import contextlib
+import errno
 import functools
 import inspect
 import logging
@@ -74,7 +76,7 @@ def _starting_settings(settings, options):
 
 def _link(engine, placement, settings, generation, timeout_s):
     """Meets the other ranks in the store, agrees with them, links the engine and starts it."""
-    with rendezvous.join(placement, generation, VERSION, timeout_s) as store:
+    with _advice(placement.rank), rendezvous.join(placement, generation, VERSION, timeout_s) as store:
         control = Control(functools.partial(_exchange_in_store, store), placement.rank, placement.size)
         mismatch = _mismatch(control, settings)
         if mismatch is None:
@@ -84,6 +86,25 @@ def _link(engine, placement, settings, generation, timeout_s):
     if mismatch is not None:
         raise mismatch
     return topology
+
+
+# What a process may be short of while it opens sockets and memory, and what to do about it.
+_SHORTAGES = {
+    errno.EMFILE: "raise the limit of open files of a process (ulimit -n): a rank needs about four for every other rank",
+    errno.ENFILE: "raise the system's limit of open files (sysctl fs.file-max)",
+    errno.ENOMEM: "free some memory, or set a smaller COMMLIB_SHM_RING_NBYTES",
+    errno.ENOBUFS: "free some memory, or start fewer ranks on this host",
+}
+
+
+@contextlib.contextmanager
+def _advice(rank):
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _SHORTAGES:
+            raise
+        raise bootstrap.StartError(f"rank {rank} cannot start: {error.strerror}: {_SHORTAGES[error.errno]}", rank) from error
 
 
 def _exchange_in_store(store, payload, *, name, timeout_s=None):

@@ -164,7 +164,7 @@ def test_disagreements(ranks_of, name, size, transport):
 def init_and_say():
     try:
         commlib.init(timeout_s=20.0)
-    except (commlib.CommlibError, commlib.StartError) as error:
+    except Exception as error:
         return type(error).__name__, str(error)
     finally:
         commlib.shutdown()
@@ -196,3 +196,26 @@ def test_versions_must_be_equal():
     with Ranks(3, initialize=False) as ranks:
         for name, text in ranks.call(with_version, "9.9.9", 2):
             assert name != "no error" and "9.9.9" in text and commlib.__version__ in text
+
+
+# ---- limits of the system ----------------------------------------------------------------------------------------
+
+
+def init_with_limit(limit, value, rank):
+    import resource
+
+    if int(os.environ["COMMLIB_RANK"]) == rank:
+        number = getattr(resource, limit)
+        resource.setrlimit(number, (value, resource.getrlimit(number)[1]))
+    return init_and_say()
+
+
+@pytest.mark.parametrize("limit, value, advice", [("RLIMIT_FSIZE", 8192, "shm_ring_nbytes"), ("RLIMIT_NOFILE", 8, "ulimit")])
+def test_limits_of_the_system(limit, value, advice):
+    """No shared memory, no descriptors: the rank says what is short and what to do, the others that this rank gave up."""
+    from support import Ranks
+
+    with Ranks(2, initialize=False) as ranks:
+        outcomes = ranks.call(init_with_limit, limit, value, 1)
+        assert outcomes[1][0] != "no error" and advice in outcomes[1][1], outcomes
+        assert outcomes[0][0] == "StartError" and "rank 1" in outcomes[0][1], outcomes
