@@ -128,7 +128,7 @@ class Submitter:
         request.priority = priority
         request.shape_hash = zlib.crc32(repr(shape).encode())
         request.settings_hash = self._settings_hash
-        request.prescale, request.postscale = scales[0], scales[1] * _share(op, dtype, self.engine.size)
+        request.prescale, request.postscale = scales[0], scales[1] * share_of(op, dtype, self.engine.size)
         request.count = count
         request.my_part = self.engine.rank
         request.plan, request.segment_count = plan, segment_count
@@ -167,7 +167,7 @@ def _segment_count(segment_nbytes, itemsize):
     return max(_SEGMENT_ALIGNMENT, segment_nbytes // itemsize // _SEGMENT_ALIGNMENT * _SEGMENT_ALIGNMENT)
 
 
-def _share(op, dtype, size):
+def share_of(op, dtype, size):
     """What a sum is multiplied by to become the reduction: 1 / size for Average."""
     if op is not Average or size == 1:
         return 1.0

@@ -9,6 +9,7 @@ import pytest
 from support import Ranks, run_script
 
 import commlib
+from commlib.collective import share_of
 from commlib.names import Names, Use, base_key, key_of_use
 from commlib.timeline import joined
 
@@ -21,6 +22,16 @@ def test_keys_differ():
     assert [use.next_key() for _ in range(3)] == [key_of_use(use.base, n) for n in range(3)]
     assert len({key_of_use(use.base, n) for n in range(100_000)}) == 100_000
     assert Names("world", ["allreduce"]).use("allreduce", "a").base == use.base
+
+
+@pytest.mark.parametrize("dtype", ("int8", "uint8", "int32", "int64"))
+def test_average_of_equal_integers_is_that_integer(dtype):
+    """The engine multiplies in fp64 and truncates; 49 * (1 / 49.) is below 1."""
+    for size in range(1, 513):
+        factor = share_of(commlib.Average, dtype, size)
+        values = np.array([-7, -1, 0, 1, 2, 3, 100, 12345, 2**31, 2**42], np.float64)
+        assert np.array_equal(np.trunc(values * size * factor), values), size
+        assert np.array_equal(np.trunc((values * size + size - 1) * factor), np.trunc(values + (size - 1) / size)), size
 
 
 def submit_from_threads():

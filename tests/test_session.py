@@ -44,6 +44,35 @@ def test_cycles_leak_nothing(size, times, transport):
             assert after[2] <= before[2] + 4, "mappings; the allocator may add a heap or two"  # not one per cycle
 
 
+def resident_nbytes():
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def operations_and_memory(times):
+    """Every kind, waited for and dropped: what the engine allocates for them must come back."""
+    communicator = commlib.communicator()
+    array = np.ones(50_000, np.float32)
+    growth = []
+    for _ in range(3):
+        before = resident_nbytes()
+        for i in range(times):
+            communicator.allgather(array, name="gathered")
+            communicator.reducescatter(array)
+            communicator.alltoall(array)
+            communicator.allreduce_async(array, name=f"dropped {i % 5}" if i % 2 else None)
+            communicator.exchange(b"x" * 10_000, name="bytes")
+            communicator.barrier()
+        growth.append(resident_nbytes() - before)
+    return min(growth)
+
+
+@pytest.mark.parametrize("transport", ("shm", "tcp"))
+def test_operations_leak_no_memory(ranks_of, transport):
+    """200 rounds hand out 200 MB."""
+    assert max(ranks_of(2, transport=transport).call(operations_and_memory, 200)) < 20e6
+
+
 def second_init():
     communicator = commlib.init()
     assert commlib.init() is communicator is commlib.communicator()
