@@ -43,7 +43,7 @@ class Settings:
 
     eager_nbytes: int = 16 << 10  # copying 16 KiB (about 1 us) is cheaper than a round trip for the grant
     eager_budget_nbytes: int = 1 << 20  # 64 of the largest eager messages per peer: bounds the memory kept for early ones
-    inflight_nbytes: int = 512 << 10  # 0.4 ms on a 10 Gbit/s link, and enough to keep it busy over 0.4 ms of latency
+    inflight_nbytes: int = 32 << 10  # what 10 Gbit/s carry in 25 us: keeps a link busy, and is soon over
     spin_us: int = 20  # a few times the cost of a futex wake-up; longer spinning takes cores from training
     heartbeat_ms: int = 500
     lost_ms: int = 3000  # several heartbeats, yet all ranks know of a death within 5 s
@@ -65,6 +65,9 @@ class Settings:
             raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, not {self.transport!r}")
         if self.shm_ring_nbytes < 4096 or self.shm_ring_nbytes & (self.shm_ring_nbytes - 1):
             raise ValueError(f"shm_ring_nbytes must be a power of two of at least 4096, not {self.shm_ring_nbytes}")
+        for name in _32_BITS:
+            if getattr(self, name) >= 1 << 32:
+                raise ValueError(f"{name} must be below 2^32, not {getattr(self, name)}")
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -144,6 +147,7 @@ class Settings:
         return self.replace(**changes)
 
 
+_32_BITS = ("spin_us", "heartbeat_ms", "lost_ms", "shm_ring_nbytes")
 _POSITIVE = (
     "eager_budget_nbytes", "inflight_nbytes", "heartbeat_ms", "lost_ms", "segment_nbytes", "uneven_nbytes",
 )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import NamedTuple, Sequence, Tuple
 
 from commlib import algorithms
 from commlib._native import ffi, lib
+from commlib.cost import Link
 from commlib.engine import ENGINE_SETTINGS, native_plan
 from commlib.plan import Shape
 from commlib.selection import ALONE, select
@@ -23,21 +24,6 @@ FLOAT32_NBYTES = 4
 
 # Room for an operation's key beside the step in which it is used.
 _TENSORS_PER_STEP = 1 << 32
-
-
-@dataclass(frozen=True)
-class Link:
-    """One class of links: what the simulated network charges.
-
-    Args:
-        alpha_s: latency, in seconds.
-        beta_s_per_byte: 1 / bandwidth; a rank sends one message at a time, and receives one at a time.
-        gamma_s_per_byte: reduction, on the receiving rank.
-    """
-
-    alpha_s: float
-    beta_s_per_byte: float
-    gamma_s_per_byte: float = 0.0
 
 
 class EventKind(enum.IntEnum):
@@ -61,7 +47,8 @@ class Simulation:
 
     Args:
         shape: ranks per host.
-        inside, between: links inside a host and between hosts.
+        inside, between: what links inside a host and between hosts cost. Every rank has one port of each class, which sends
+            one message at a time and receives one at a time.
         settings: as for real engines; its link constants should be those of the links, as calibration would find them.
 
     Example:
@@ -92,7 +79,7 @@ class Simulation:
         self._simulation = ffi.gc(simulation[0], lib.cl_sim_free)
         self._engines = [lib.cl_sim_engine(self._simulation, rank) for rank in range(shape.size)]
 
-    def allreduce(self, rank: int, key: int, count: int, priority: int = 0, memory=None):
+    def allreduce(self, rank: int, key: int, count: int, priority: int = 0, memory=None, choice=None):
         """Submits one rank's part of an all-reduce (sum) of `count` float32 elements, at the present time.
 
         Args:
@@ -101,8 +88,9 @@ class Simulation:
             count: elements.
             priority: lower goes first.
             memory: a writable float32 buffer reduced in place; None: only time passes.
+            choice: a commlib.selection.Choice; None: what selection gives to one of many in flight.
         """
-        plan, segment_count = self._plan(rank, count * FLOAT32_NBYTES)
+        plan, segment_count = self._plan(rank, count * FLOAT32_NBYTES, choice)
         request = self._request
         request.key, request.count, request.priority = key, count, priority
         request.plan, request.segment_count = plan, segment_count
@@ -136,8 +124,8 @@ class Simulation:
             ffi.release(self._simulation)
             self._simulation = None
 
-    def _plan(self, rank, nbytes):
-        choice = select("allreduce", nbytes, self.shape, self.settings)
+    def _plan(self, rank, nbytes, choice):
+        choice = choice or select("allreduce", nbytes, self.shape, self.settings, overlapped=True)
         plan = self._plans.get((rank, choice.algorithm))
         if plan is None:
             if choice.algorithm == ALONE:

@@ -228,37 +228,66 @@ static void return_credit(cl_engine *engine, int32_t rank)
     cl_engine_tell(engine, rank, &frame, NULL);
 }
 
-static void pump_ready(cl_engine *engine, cl_peer *peer)
+/* Posts the peer's most urgent send. False: there is none, or too much is posted, or the link takes no more now. */
+static bool pump_one(cl_engine *engine, cl_peer *peer)
 {
-    while (peer->ready.count > 0) {
-        cl_ready top = peer->ready.entries[0];
-        cl_frame frame;
-        const void *payload = cl_operation_frame(top.operation, top.segment, top.step, &frame);
-        if (peer->posted_nbytes > 0 && peer->posted_nbytes + frame.nbytes > engine->settings.inflight_nbytes)
-            return;
-        cl_heap_pop(&peer->ready);
-        uint64_t *posted = &top.operation->posted[top.operation->plan->peer_of[top.step]];
-        peer->posted_nbytes += frame.nbytes;
-        *posted += frame.nbytes;
-        if (peer->link->transport->send(peer->link, &frame, payload) != CL_OK) {
-            peer->posted_nbytes -= frame.nbytes;
-            *posted -= frame.nbytes;
-            (void)cl_heap_push(&peer->ready, top); /* its place is still there */
-            return;
-        }
-        engine->stats.frames++;
-        engine->stats.sent_nbytes += frame.nbytes;
+    if (peer->ready.count == 0)
+        return false;
+    cl_ready top = peer->ready.entries[0];
+    cl_frame frame;
+    const void *payload = cl_operation_frame(top.operation, top.segment, top.step, &frame);
+    if (peer->posted_nbytes > 0 && peer->posted_nbytes + frame.nbytes > engine->settings.inflight_nbytes)
+        return false;
+    cl_heap_pop(&peer->ready);
+    uint64_t *posted = &top.operation->posted[top.operation->plan->peer_of[top.step]];
+    peer->posted_nbytes += frame.nbytes;
+    *posted += frame.nbytes;
+    if (peer->link->transport->send(peer->link, &frame, payload) != CL_OK) {
+        peer->posted_nbytes -= frame.nbytes;
+        *posted -= frame.nbytes;
+        (void)cl_heap_push(&peer->ready, top); /* its place is still there */
+        return false;
     }
+    engine->stats.frames++;
+    engine->stats.sent_nbytes += frame.nbytes;
+    return true;
 }
 
-static void pump(cl_engine *engine, int32_t rank)
+/* True: it may take more. */
+static bool pump(cl_engine *engine, int32_t rank)
 {
     cl_peer *peer = &engine->peers[rank];
     if (peer->link == NULL || peer->lost)
-        return;
+        return false;
     return_credit(engine, rank);
-    if (pump_told(engine, peer) && engine->health == CL_OK)
-        pump_ready(engine, peer);
+    return pump_told(engine, peer) && engine->health == CL_OK && pump_one(engine, peer);
+}
+
+/* The peer whose next frame is the most urgent; frames of our own come before all data. */
+static int32_t most_urgent(const cl_engine *engine)
+{
+    int32_t best = 0;
+    for (int32_t i = 0; i < engine->ndirty; i++) {
+        const cl_peer *peer = &engine->peers[engine->dirty[i]], *before = &engine->peers[engine->dirty[best]];
+        if (peer->told.first != NULL || peer->ready.count == 0)
+            return i; /* soon done with */
+        if (before->ready.count > 0 && cl_ready_before(&peer->ready.entries[0], &before->ready.entries[0]))
+            best = i;
+    }
+    return best;
+}
+
+/* Feeds all links, one frame at a time, the most urgent first: peers share this rank's port, or its one processor. */
+static void pump_all(cl_engine *engine)
+{
+    while (engine->ndirty > 0) { /* pumping may touch peers again: sent() within send() */
+        int32_t index = most_urgent(engine), rank = engine->dirty[index];
+        if (pump(engine, rank))
+            continue;
+        /* What it did may have added peers behind, but moved none. */
+        engine->dirty[index] = engine->dirty[--engine->ndirty];
+        engine->peers[rank].dirty = false;
+    }
 }
 
 /* ---- taking in ----------------------------------------------------------------------------------------------- */
@@ -381,11 +410,7 @@ void cl_engine_flush(cl_engine *engine)
         cl_engine_post(engine, operation);
     }
     take_gates(engine);
-    while (engine->ndirty > 0) { /* pumping may touch peers again: sent() within send() */
-        int32_t rank = engine->dirty[--engine->ndirty];
-        engine->peers[rank].dirty = false;
-        pump(engine, rank);
-    }
+    pump_all(engine);
 }
 
 int cl_engine_progress(cl_engine *engine)

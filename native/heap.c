@@ -1,10 +1,11 @@
+/* heap.c: a binary heap in an array; a failed operation's entries are removed in one pass, and the rest heaped anew. */
 #include "heap.h"
 
 #include <stdlib.h>
 
 #include "transport.h"
 
-static bool before(const cl_ready *a, const cl_ready *b)
+bool cl_ready_before(const cl_ready *a, const cl_ready *b)
 {
     if (a->priority != b->priority)
         return a->priority < b->priority;
@@ -18,7 +19,7 @@ static bool before(const cl_ready *a, const cl_ready *b)
 static void sift_up(cl_heap *heap, size_t child)
 {
     cl_ready entry = heap->entries[child];
-    while (child > 0 && before(&entry, &heap->entries[(child - 1) / 2])) {
+    while (child > 0 && cl_ready_before(&entry, &heap->entries[(child - 1) / 2])) {
         heap->entries[child] = heap->entries[(child - 1) / 2];
         child = (child - 1) / 2;
     }
@@ -30,9 +31,9 @@ static void sift_down(cl_heap *heap, size_t parent)
     cl_ready entry = heap->entries[parent];
     for (;;) {
         size_t child = 2 * parent + 1;
-        if (child + 1 < heap->count && before(&heap->entries[child + 1], &heap->entries[child]))
+        if (child + 1 < heap->count && cl_ready_before(&heap->entries[child + 1], &heap->entries[child]))
             child++;
-        if (child >= heap->count || !before(&heap->entries[child], &entry))
+        if (child >= heap->count || !cl_ready_before(&heap->entries[child], &entry))
             break;
         heap->entries[parent] = heap->entries[child];
         parent = child;

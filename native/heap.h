@@ -20,6 +20,8 @@ typedef struct {
     size_t count, capacity;
 } cl_heap;
 
+/* True if a goes before b. */
+bool cl_ready_before(const cl_ready *a, const cl_ready *b);
 /* Returns CL_OK or CL_NO_MEMORY. */
 int cl_heap_push(cl_heap *heap, cl_ready entry);
 /* The heap must not be empty. */

@@ -61,6 +61,7 @@ typedef struct {
     ring out, in;
     bool refused;        /* a frame found no room */
     bool sending;        /* a frame is partly in the ring */
+    bool broken;         /* half a frame is in the ring, and the rest is gone */
     cl_frame out_frame;
     const uint8_t *out_payload;
     uint8_t *out_copy;   /* owned: what forget() saved */
@@ -158,7 +159,7 @@ static int write_payload(shm_link *link)
 static int shm_send(cl_link *base, const cl_frame *frame, const void *payload)
 {
     shm_link *link = (shm_link *)base;
-    if (link->sending || room(&link->out) < LINE) {
+    if (link->sending || link->broken || room(&link->out) < LINE) {
         link->refused = true;
         return CL_AGAIN;
     }
@@ -232,6 +233,11 @@ static int read_some(shm_link *link)
 static int shm_progress(cl_link *base)
 {
     shm_link *link = (shm_link *)base;
+    if (link->broken) {
+        link->broken = false;
+        base->sink->lost(base->owner, base, "out of memory for the rest of a message");
+        return 0;
+    }
     int written = link->sending ? write_payload(link) : 0;
     int events = written + read_some(link);
     if (link->refused && room(&link->out) >= LINE && !link->sending) {
@@ -289,8 +295,8 @@ static void shm_forget(cl_link *base, uint64_t key)
     size_t left = link->out_frame.nbytes - link->out_offset;
     link->out_copy = malloc(left);
     if (link->out_copy == NULL) {
-        base->sink->lost(base->owner, base, "out of memory for the rest of a message");
         link->sending = false;
+        link->broken = true; /* told by progress: the caller is in the middle of something */
         return;
     }
     memcpy(link->out_copy, link->out_payload + link->out_offset, left);

@@ -482,7 +482,7 @@ static void happen(cl_sim *sim, event *e)
 {
     sim_link *link = e->link;
     int32_t rank = rank_of(link);
-    if (sim->dead[rank]) {
+    if (sim->dead[rank] || link->base.owner == NULL) {
         free(e->parcel);
         return;
     }
@@ -497,19 +497,28 @@ static void happen(cl_sim *sim, event *e)
         break;
     default: hand_over_ready(sim, link); break;
     }
-    cl_engine_flush(sim->engines[rank]);
+    wake_engine(sim->engines[rank]);
+}
+
+/* Engines act after all that happens at one time, as a real one does that looks at all its links before it sends. */
+static bool more_happens_now(const cl_sim *sim)
+{
+    return sim->nevents > 0 && sim->events[0].at_s <= sim->now_s;
 }
 
 int cl_sim_next(cl_sim *sim, int32_t *rank, uint64_t *token)
 {
     for (;;) {
-        flush_woken(sim);
         if (sim->done_first < sim->ndone) {
             *rank = sim->done[sim->done_first].rank;
             *token = sim->done[sim->done_first++].key;
             if (sim->done_first == sim->ndone)
                 sim->done_first = sim->ndone = 0;
             return CL_SIM_DONE;
+        }
+        if (sim->nto_flush > 0 && !more_happens_now(sim)) {
+            flush_woken(sim);
+            continue;
         }
         if (sim->nevents == 0)
             return CL_SIM_IDLE;

@@ -1,3 +1,4 @@
+/* table.c: open addressing with linear probing; see table.h. */
 #include "table.h"
 
 #include <stdlib.h>

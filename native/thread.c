@@ -85,8 +85,7 @@ static void ring_own(struct cl_runtime *runtime)
 
 /* ---- owning -------------------------------------------------------------------------------------------------- */
 
-/* With the lock: everything that can be done now, and a short time longer while somebody waits for something. */
-static void drive(cl_engine *engine, const cl_operation *until, double deadline_s)
+static void drive_on(cl_engine *engine, const cl_operation *until, double deadline_s)
 {
     struct cl_runtime *runtime = engine->runtime;
     double idle_since_s = cl_engine_now(engine), spin_s = 1e-6 * engine->settings.spin_us;
@@ -110,6 +109,19 @@ static void drive(cl_engine *engine, const cl_operation *until, double deadline_
             return;
         relax();
     }
+}
+
+/*
+ * With the lock: everything that can be done now, and a short time longer while somebody waits for something.
+ * A calling thread may flush denormals (a framework's setting); the kernels' bits must not depend on who drives.
+ */
+static void drive(cl_engine *engine, const cl_operation *until, double deadline_s)
+{
+    uint64_t mode = cl_float_mode_enter();
+    drive_on(engine, until, deadline_s);
+    if (cl_engine_pending(engine) > 0)
+        (void)cl_engine_progress(engine); /* what the last events queued leaves now, and not with the next wake-up */
+    cl_float_mode_restore(mode);
 }
 
 static void update_interest(cl_engine *engine, int32_t peer)

@@ -67,7 +67,8 @@ typedef struct {
     /*
      * Takes a frame to be sent after all earlier ones. The frame is copied; `payload` (frame->nbytes bytes, or NULL in a
      * timing-only simulation) must stay until sent() or forget().
-     * Returns CL_OK when taken, CL_AGAIN when it cannot be taken now (nothing was kept; try after progress).
+     * Returns CL_OK when taken, CL_AGAIN when it cannot be taken now (nothing was kept; try after progress). Type 255 is
+     * the transports' own (heartbeats): CL_INVALID. CL_PEER_LOST after lost().
      */
     int (*send)(cl_link *link, const cl_frame *frame, const void *payload);
     /* Moves what can be moved without blocking, both ways. Returns how many sink calls and bytes-moved events there were; 0: nothing to do now. */
@@ -88,7 +89,7 @@ typedef struct {
     void (*forget)(cl_link *link, uint64_t key);
     /* Bytes accepted and not yet given to the peer or the kernel: 0 means flushed. */
     size_t (*pending)(const cl_link *link);
-    /* Frees the link and all that it owns. Unsent frames are dropped without sent(). */
+    /* Frees the link and all that it owns. Unsent frames are dropped without sent(). Not called inside the sink, but for lost(). */
     void (*close)(cl_link *link);
     /* In a forked child: closes descriptors of this process without a word to the peer, frees nothing shared. */
     void (*forked)(cl_link *link);
