@@ -26,7 +26,7 @@ READ_ENVIRONMENT = {"bootstrap"}
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "mpi4py"}
 
 MOST_LINES = {".py": 450, ".c": 650, ".h": 650}
-LONGEST_LINE = 132
+LONGEST_LINE = 132  # the house writes 120; this is where it stops being a matter of taste
 
 
 def layer_of(module):
@@ -112,18 +112,21 @@ def sources():
 
 
 def test_files_are_short():
+    faults = []
     for path in sources():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        limit = MOST_LINES[path.suffix]
-        assert len(lines) <= limit, f"{path.relative_to(ROOT)} has {len(lines)} lines, more than {limit}: split it"
-        for number, line in enumerate(lines, 1):
-            assert len(line) <= LONGEST_LINE, f"{path.relative_to(ROOT)}:{number} has {len(line)} characters"
+        name, lines = path.relative_to(ROOT), path.read_text(encoding="utf-8").splitlines()
+        if len(lines) > MOST_LINES[path.suffix]:
+            faults.append(f"{name} has {len(lines)} lines, more than {MOST_LINES[path.suffix]}: split it")
+        faults += [f"{name}:{number} has {len(line)} characters" for number, line in enumerate(lines, 1)
+                   if len(line) > LONGEST_LINE]  # fmt: skip
+    assert not faults, "\n".join(faults)
 
 
 def test_files_say_what_they_are():
+    """Every file opens with a few lines that say what it knows; before them only a feature test macro may stand."""
+    faults = []
     for path in sources():
-        if path.name == "__init__.py" and not path.read_text(encoding="utf-8").strip():
-            continue
-        first = path.read_text(encoding="utf-8").lstrip()
-        opening = ('"""',) if path.suffix == ".py" else ("/*", "//")
-        assert first.startswith(opening), f"{path.relative_to(ROOT)} does not open with a few lines that say what it knows"
+        text = path.read_text(encoding="utf-8").removeprefix("#define _GNU_SOURCE").lstrip()
+        if text and not text.startswith(('"""',) if path.suffix == ".py" else ("/*", "//")):
+            faults.append(str(path.relative_to(ROOT)))
+    assert not faults, "these do not open with a few lines that say what they know: " + ", ".join(faults)
