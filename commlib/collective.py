@@ -56,7 +56,7 @@ class Submitter:
         self._described.clear()
 
     def submit(self, kind, name, source, target, *, priority=0, op=None, root=-1, scales=(1.0, 1.0), shape=None,
-               splits=None, parts=None, keep=None, finish=None, result=None):  # fmt: skip
+               overlapped=False, splits=None, parts=None, keep=None, finish=None, result=None):  # fmt: skip
         """Posts one operation and returns its handle.
 
         Args:
@@ -67,6 +67,7 @@ class Submitter:
             root: a rank, for broadcast.
             scales: (prescale, postscale) as the user wants them.
             shape: what must be equal on all ranks; the source's shape unless given.
+            overlapped: one of many in flight: see `selection.select`.
             splits: elements per member, for the kinds that exchange them.
             parts: element offsets of the plan's chunks, for reduce-scatter.
             keep: what else must live while the operation runs.
@@ -79,7 +80,8 @@ class Submitter:
         use = self._names.use(kind, name)
         if use.handle is not None:
             self._free_name(kind, use)
-        signature = (source.dtype, source.count, shape or source.shape, op, root, priority, scales, parts)
+        signature = (source.dtype, source.count, shape or source.shape, op, root, priority, scales, parts,
+                     overlapped)  # fmt: skip
         with self._lock:
             if use.signature != signature:
                 self._describe(use, kind, signature)
@@ -113,20 +115,20 @@ class Submitter:
 
     def _describe(self, use, kind, signature):
         """Fills in all of a request that does not change from one use of a name to the next."""
-        dtype, count, shape, op, root, priority, scales, parts = signature
+        dtype, count, shape, op, root, priority, scales, parts, overlapped = signature
         use.signature = None  # while the request is half written
         if use.request is None:
             self._make_request(use)
         request = use.request
         code, itemsize = DTYPES[dtype]
-        plan, segment_count = self._plan(kind, count * itemsize, itemsize, max(root, 0))
-        text = new_text(_text_of(kind, use.name, dtype, shape, op, root, scales))
+        plan, segment_count = self._plan(kind, count * itemsize, itemsize, max(root, 0), overlapped)
+        text = new_text(_text_of(kind, use.name, dtype, shape, op, root, scales, overlapped))
         offsets = new_offsets(parts) if parts is not None else None
         request.text, request.kind, request.dtype = text, KIND_CODES[kind], code
         request.reduction = op.code if op is not None else 0
         request.root = root
         request.priority = priority
-        request.shape_hash = zlib.crc32(repr(shape).encode())
+        request.shape_hash = zlib.crc32(repr((shape, overlapped)).encode())
         request.settings_hash = self._settings_hash
         request.prescale, request.postscale = scales[0], scales[1] * share_of(op, dtype, self.engine.size)
         request.count = count
@@ -148,11 +150,11 @@ class Submitter:
         self._described.append(use)
         use.request = new_request()
 
-    def _plan(self, kind, nbytes, itemsize, root):
+    def _plan(self, kind, nbytes, itemsize, root, overlapped):
         """The engine's plan for an operation, made once per (kind, algorithm, root), and elements per segment."""
         if kind == "exchange":
             return NO_PLAN, 0
-        choice = select(kind, nbytes, self._layout.shape(kind, root), self.settings)
+        choice = select(kind, nbytes, self._layout.shape(kind, root), self.settings, overlapped)
         key = (kind, choice.algorithm, root)
         plan = self._plans.get(key)
         if plan is None:
@@ -178,7 +180,7 @@ def share_of(op, dtype, size):
     return math.nextafter(1.0 / size, 2.0)
 
 
-def _text_of(kind, name, dtype, shape, op, root, scales):
+def _text_of(kind, name, dtype, shape, op, root, scales, overlapped):
     """What error messages call the operation: all that must be equal on its ranks."""
     words = [kind, "(unnamed)" if name is None else repr(name)]
     if kind not in ("barrier", "exchange"):
@@ -189,4 +191,6 @@ def _text_of(kind, name, dtype, shape, op, root, scales):
         words.append(f"root {root}")
     if scales != (1.0, 1.0):
         words.append(f"scaled by {scales[0]:g} and {scales[1]:g}")
+    if overlapped:
+        words.append("overlapped")
     return " ".join(words)

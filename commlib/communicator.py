@@ -57,7 +57,8 @@ class Communicator:
 
     # ---- allreduce -------------------------------------------------------------------------------------------
 
-    def allreduce_async_(self, array, *, name=None, op=Average, priority=0, prescale_factor=1.0, postscale_factor=1.0):
+    def allreduce_async_(self, array, *, name=None, op=Average, priority=0, prescale_factor=1.0, postscale_factor=1.0,
+                         overlapped=False):  # fmt: skip
         """Reduces the array over all ranks, in place: x <- postscale * op_r(prescale * x_r); Average divides by size.
 
         Args:
@@ -65,6 +66,8 @@ class Communicator:
             name: matches the operation between ranks; None: by sequence number.
             op: commlib.Average, Sum, Min, Max or Product. On bool: Sum and Max are "or", Product and Min are "and".
             priority: 0 is needed first; lower goes first.
+            overlapped: one of many in flight, whose throughput together counts and not the latency of this one, as with
+                gradients; it changes which algorithm is chosen, so it must be equal on all ranks.
             prescale_factor, postscale_factor: multiply each contribution, and the result.
 
         Returns:
@@ -75,11 +78,13 @@ class Communicator:
             TypeError: no array, unknown dtype, unknown op.
         """
         return self._allreduce(array, writable_buffer(array, "allreduce_"), False, name, op, priority,
-                               prescale_factor, postscale_factor)  # fmt: skip
+                               prescale_factor, postscale_factor, overlapped)  # fmt: skip
 
-    def allreduce_async(self, array, *, name=None, op=Average, priority=0, prescale_factor=1.0, postscale_factor=1.0):
+    def allreduce_async(self, array, *, name=None, op=Average, priority=0, prescale_factor=1.0, postscale_factor=1.0,
+                        overlapped=False):  # fmt: skip
         """As `allreduce_async_`, with the result in a new array; the array is only read."""
-        return self._allreduce(array, as_buffer(array), True, name, op, priority, prescale_factor, postscale_factor)
+        return self._allreduce(array, as_buffer(array), True, name, op, priority, prescale_factor, postscale_factor,
+                               overlapped)  # fmt: skip
 
     def allreduce_(self, array, *, name=None, op=Average, priority=0, prescale_factor=1.0, postscale_factor=1.0,
                    timeout_s=None):  # fmt: skip
@@ -100,14 +105,14 @@ class Communicator:
         return self._allreduce(array, as_buffer(array), True, name, op, priority,
                                prescale_factor, postscale_factor).wait(timeout_s)  # fmt: skip
 
-    def _allreduce(self, array, source, is_new, name, op, priority, prescale, postscale):
+    def _allreduce(self, array, source, is_new, name, op, priority, prescale, postscale, overlapped=False):
         check_op(op, source.dtype)
         scales = (float(prescale), float(postscale))
         result, target = (array, source)
         if is_new:
             result, target = new_like(style_of(array, source), source.shape, source.dtype)
         return self._submitter.submit("allreduce", name, source, target, priority=priority, op=op, scales=scales,
-                                      result=result)  # fmt: skip
+                                      overlapped=overlapped, result=result)  # fmt: skip
 
     # ---- broadcast -------------------------------------------------------------------------------------------
 
