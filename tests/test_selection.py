@@ -7,6 +7,8 @@ import pytest
 
 from commlib import algorithms
 from commlib.calibrate import rounded
+from commlib.cost import cost_s
+from commlib.cost import cost_s
 from commlib.layout import Layout
 from commlib.plan import Shape
 from commlib.selection import machine_of, select
@@ -43,16 +45,36 @@ def test_choice_is_cheapest_and_bounded(kind):
         assert 0 < choice.segment_nbytes <= segment_nbytes
         candidates = algorithms.applicable(kind, shape)
         size = settings.uneven_nbytes * shape.size if kind in ("allgather", "alltoall") else nbytes
-        costs = {name: machine_of(settings).cost_s(module.terms(shape), size) for name, module in candidates.items()}
+        costs = {name: cost_s(module, shape, size, machine_of(settings)) for name, module in candidates.items()}
         assert costs[choice.algorithm] == min(costs.values())
         for name in candidates:
             assert select(kind, nbytes, shape, settings.replace(algorithms=((kind, name),))).algorithm == name
+
+
+def test_overlapped_ones_may_cost_more_alone():
+    """Between hosts only, and never one that the table lists after the cheapest."""
+    for shape, nbytes in itertools.product(SHAPES, SIZES):
+        names = list(algorithms.applicable("allreduce", shape))
+        alone, overlapped = (select("allreduce", nbytes, shape, Settings(), flag).algorithm for flag in (False, True))
+        if shape.hosts == 1:
+            assert alone == overlapped
+        else:
+            assert names.index(overlapped) <= names.index(alone)
 
 
 def test_small_and_large_differ():
     shape = Shape((1,) * 16)
     small, large = (select("allreduce", nbytes, shape, Settings()).algorithm for nbytes in (8, 1 << 26))
     assert small != large
+
+
+def test_overlapped_operations_between_hosts_take_a_ring_unless_it_is_far_slower():
+    apart, together = Shape((1,) * 32), Shape((32,))
+    for nbytes in (1 << 20, 1 << 26):
+        assert select("allreduce", nbytes, apart, Settings(), overlapped=True).algorithm == "ring"
+        assert select("allreduce", nbytes, together, Settings(), overlapped=True) == select(
+            "allreduce", nbytes, together, Settings())
+    assert select("allreduce", 8, apart, Settings(), overlapped=True).algorithm != "ring"
 
 
 def test_forced_algorithm_must_fit():
