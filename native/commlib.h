@@ -66,7 +66,7 @@ void cl_plan_free(cl_plan *plan);
 
 /* ---- kernels ------------------------------------------------------------------------------------------------ */
 
-/* acc[i] = acc[i] (reduction) in[i], with the best kernel of this processor. 16-bit floats are added in fp32, rounded once per call. */
+/* acc[i] = acc[i] (reduction) in[i], with this processor's best kernel. 16-bit floats are added in fp32, rounded once. */
 int cl_reduce(int32_t dtype, int32_t reduction, void *acc, const void *in, size_t count);
 /* out[i] = in[i] * factor; out may be in. Integers and fp64 multiply in fp64, other floats in fp32; integers round toward zero. */
 int cl_scale(int32_t dtype, void *out, const void *in, size_t count, double factor);
