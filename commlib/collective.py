@@ -56,7 +56,7 @@ class Submitter:
         self._described.clear()
 
     def submit(self, kind, name, source, target, *, priority=0, op=None, root=-1, scales=(1.0, 1.0), shape=None,
-               overlapped=False, splits=None, parts=None, keep=None, finish=None, result=None):  # fmt: skip
+               overlapped=False, splits=None, parts=None, finish=None, result=None):  # fmt: skip
         """Posts one operation and returns its handle.
 
         Args:
@@ -70,7 +70,6 @@ class Submitter:
             overlapped: one of many in flight: see `selection.select`.
             splits: elements per member, for the kinds that exchange them.
             parts: element offsets of the plan's chunks, for reduce-scatter.
-            keep: what else must live while the operation runs.
             finish: makes the result of the handle; without it, `result` is the result.
 
         Raises:
@@ -95,7 +94,7 @@ class Submitter:
                 request.nsplits = len(splits)
                 request.splits = held = new_offsets(splits)  # lives until the engine has copied it
             handle = Handle(self.flight, use, kind, f"noname.{number}" if name is None else name,
-                            (source, target, keep), finish, result)  # fmt: skip
+                            (source, target), finish, result)  # fmt: skip
             self.flight.add(handle)
             try:
                 handle.operation = self.engine.submit(request)

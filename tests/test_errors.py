@@ -125,6 +125,8 @@ DISAGREEMENTS = {
                 lambda c: c.allreduce_async(np.ones(6), name="t", op=commlib.Average), ("sum", "average")),
     "scale": (lambda c: c.allreduce_async(np.ones(6), name="t", op=commlib.Sum),
               lambda c: c.allreduce_async(np.ones(6), name="t", op=commlib.Sum, prescale_factor=0.5), ("sum", "scaled by 0.5")),
+    "overlapped": (lambda c: c.allreduce_async(np.ones(6), name="t"),
+                   lambda c: c.allreduce_async(np.ones(6), name="t", overlapped=True), ("average", "overlapped")),
     "root": (lambda c: c.broadcast_async(np.ones(6), 0, name="t"),
              lambda c: c.broadcast_async(np.ones(6), 1, name="t"), ("root 0", "root 1")),
     "broadcast shape": (lambda c: c.broadcast_async(np.ones(6), 0, name="t"),
