@@ -47,7 +47,7 @@ class Buffer:
         except KeyError:
             raise TypeError(f"commlib has no dtype {dtype!r}; it has {', '.join(DTYPES)}") from None
         self.known_address = address
-        self.shape = shape
+        self.shape = tuple(shape)
         self.dtype = dtype
         self.owner = owner
         self.writable = writable

@@ -5,6 +5,7 @@ the communicator's work, and it waits for nothing.
 """
 
 import math
+import operator
 import threading
 import zlib
 
@@ -126,7 +127,7 @@ class Submitter:
         request.text, request.kind, request.dtype = text, KIND_CODES[kind], code
         request.reduction = op.code if op is not None else 0
         request.root = root
-        request.priority = priority
+        request.priority = _priority(priority)
         request.shape_hash = zlib.crc32(repr((shape, overlapped)).encode())
         request.settings_hash = self._settings_hash
         request.prescale, request.postscale = scales[0], scales[1] * share_of(op, dtype, self.engine.size)
@@ -166,6 +167,17 @@ def _segment_count(segment_nbytes, itemsize):
     if segment_nbytes == 0:
         return 0
     return max(_SEGMENT_ALIGNMENT, segment_nbytes // itemsize // _SEGMENT_ALIGNMENT * _SEGMENT_ALIGNMENT)
+
+
+def _priority(priority):
+    """A user's priority as the engine's 64 bits."""
+    try:
+        priority = operator.index(priority)
+    except TypeError:
+        raise TypeError(f"priority must be an int, not {priority!r}") from None
+    if not -(1 << 63) <= priority < 1 << 63:
+        raise ValueError(f"priority must fit into 64 bits, not {priority}")
+    return priority
 
 
 def share_of(op, dtype, size):

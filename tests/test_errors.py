@@ -44,6 +44,8 @@ MISTAKES = [
     (lambda c: c.allreduce(np.zeros(2), op="sum"), TypeError, "commlib.Average"),
     (lambda c: c.allreduce(np.zeros(2, bool)), ValueError, "average of bool"),
     (lambda c: c.allreduce(np.zeros(2), name=3), TypeError, "string"),
+    (lambda c: c.allreduce(np.zeros(2), priority=0.5), TypeError, "priority must be an int, not 0.5"),
+    (lambda c: c.allreduce(np.zeros(2), priority=1 << 63), ValueError, "64 bits"),
     (lambda c: c.broadcast(np.zeros(2), 1), ValueError, r"\[0, 1\), not 1"),
     (lambda c: c.broadcast(np.zeros(2), -1), ValueError, "root_rank"),
     (lambda c: c.broadcast(np.zeros(2), 0.0), ValueError, "root_rank"),
