@@ -1,0 +1,57 @@
+"""How a hard case is judged: runs it on ranks in every form and compares bits."""
+
+import torch
+from hard_support import FORMS, OPTIMIZERS
+
+LIMIT = 1e-9  # of the norm-wise relative difference to one process, in fp64
+
+
+def same_bits(first, second):
+    """The first name whose tensors differ; None: nowhere."""
+    assert first.keys() == second.keys()
+    for name in first:
+        one, other = (tensor.detach().contiguous().reshape(-1) for tensor in (first[name], second[name]))
+        if first[name].shape != second[name].shape or one.dtype != other.dtype:
+            return name
+        if not torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
+            return name
+    return None
+
+
+def distance(first, second):
+    """Norm-wise relative difference of all tensors together."""
+    one, other = (torch.cat([t.flatten().to(torch.complex128) for t in tensors.values()]) for tensors in (first, second))
+    return (torch.linalg.norm(one - other) / torch.linalg.norm(other)).item()
+
+
+def check(ranks, module, case, *, as_alone=True, waited_for=None, optimizers=None, forms=FORMS, horovod_as_alone=True):
+    """Runs a case with every optimizer and in every form.
+
+    Args:
+        ranks: support.Ranks.
+        module, case: a key of the CASES of a module.
+        as_alone: whether one process with all rows learns the same.
+        waited_for: None: step() must not wait; else words that a fallback must have.
+        optimizers: names, None: all.
+        horovod_as_alone: whether Horovod's form must, too.
+    """
+    optimizers = tuple(optimizers or OPTIMIZERS)
+    forms = tuple(form for form in forms if as_alone or form != "alone")
+    results = ranks.call("hard_support:run", module, case, optimizers, forms)
+    for optimizer in optimizers:
+        for form in forms:
+            tensors, overlap, fallbacks = results[0][optimizer, form]
+            where = f"{case} with {optimizer} in form {form}: "
+            for rank, other in enumerate(results[1:], 1):
+                differs = same_bits(tensors, other[optimizer, form][0])
+                assert differs is None, f"{where}{differs} differs between ranks 0 and {rank}"
+            if form == "overlapped":
+                differs = same_bits(tensors, results[0][optimizer, "waiting"][0])
+                assert differs is None, f"{where}{differs} differs from the waiting form"
+                if waited_for is None:
+                    assert not fallbacks and set(overlap) <= {"backward and forward"}, f"{where}{fallbacks}"
+                else:
+                    assert any(waited_for in fallback for fallback in fallbacks), f"{where}{fallbacks}"
+            if "alone" in forms and form != "alone" and (horovod_as_alone or form != "horovod"):
+                away = distance(tensors, results[0][optimizer, "alone"][0])
+                assert away <= LIMIT, f"{where}{away:.1e} away from what one process learns"
