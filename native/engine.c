@@ -460,6 +460,7 @@ void cl_engine_lost(cl_engine *engine, int32_t rank, const char *reason, bool te
     }
     while (engine->first != NULL)
         cl_operation_fail(engine->first, CL_PEER_LOST, rank, engine->health_text);
+    cl_tickets_close(engine, CL_PEER_LOST);
 }
 
 void cl_engine_leave(cl_engine *engine)
@@ -468,6 +469,7 @@ void cl_engine_leave(cl_engine *engine)
         return;
     cl_engine_flush(engine);
     engine->leaving = true;
+    cl_tickets_close(engine, CL_SHUTDOWN);
     char text[64];
     snprintf(text, sizeof text, "rank %d has shut down", engine->rank);
     while (engine->first != NULL) {
@@ -487,7 +489,7 @@ size_t cl_engine_pending(cl_engine *engine)
     size_t pending = 0;
     for (int32_t r = 0; r < engine->size; r++) {
         const cl_peer *peer = &engine->peers[r];
-        if (peer->link != NULL && !peer->lost)
+        if (peer->link != NULL && !peer->lost && !peer->left) /* who has left reads no more */
             pending += peer->link->transport->pending(peer->link) + (peer->told.first != NULL);
     }
     return pending;
@@ -531,6 +533,7 @@ void cl_engine_free(cl_engine *engine)
     (void)cl_engine_shutdown(engine, 0);
     cl_runtime_free(engine);
     cl_shm_free(engine);
+    cl_tickets_free(engine);
     free_early(engine);
     cl_table_free(&engine->early);
     cl_table_free(&engine->failed);

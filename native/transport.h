@@ -71,7 +71,7 @@ typedef struct {
      * the transports' own (heartbeats): CL_INVALID. CL_PEER_LOST after lost().
      */
     int (*send)(cl_link *link, const cl_frame *frame, const void *payload);
-    /* Moves what can be moved without blocking, both ways. Returns how many sink calls and bytes-moved events there were; 0: nothing to do now. */
+    /* Moves what can be moved without blocking, both ways. Returns the number of events; 0: nothing to do now. */
     int (*progress)(cl_link *link);
     /*
      * Prepares to sleep: from CL_OK on, an arrival or new room rings the doorbell or makes pollfd ready.
@@ -89,7 +89,7 @@ typedef struct {
     void (*forget)(cl_link *link, uint64_t key);
     /* Bytes accepted and not yet given to the peer or the kernel: 0 means flushed. */
     size_t (*pending)(const cl_link *link);
-    /* Frees the link and all that it owns. Unsent frames are dropped without sent(). Not called inside the sink, but for lost(). */
+    /* Frees the link and all that it owns; unsent frames are dropped without sent(). Not called inside the sink but in lost(). */
     void (*close)(cl_link *link);
     /* In a forked child: closes descriptors of this process without a word to the peer, frees nothing shared. */
     void (*forked)(cl_link *link);
