@@ -37,6 +37,7 @@ typedef enum { CL_SUM = 0, CL_MIN, CL_MAX, CL_PRODUCT, CL_REDUCTION_END } cl_red
 typedef enum {
     CL_ALLREDUCE = 0, CL_BROADCAST, CL_ALLGATHER, CL_REDUCESCATTER, CL_ALLTOALL, CL_BARRIER,
     CL_EXCHANGE,   /* control plane: every member's bytes, told to every member */
+    CL_TICKET,     /* control plane: turns in one order that all members share, for bytes that somebody else moves */
     CL_KIND_END
 } cl_kind;
 
@@ -143,6 +144,7 @@ void cl_engine_stats(cl_engine *engine, cl_stats *stats);
  *   all-gather  splits[0] = my element count. The result is allocated by the engine: all parts in member order;
  *   all-to-all  splits[j] = elements of `input` that go to member j, in order. Result: what I got, in member order;
  *   exchange    input/count = my bytes (CL_UINT8). Result: all members' bytes, in member order. No plan.
+ *   ticket      any splits, or none. No plan, no memory: see cl_ticket. Result: all members' splits, in member order.
  * For all-gather and all-to-all, chunk j is member j's part (all-to-all: of the input; chunk n + j: of the result).
  * Reduce-scatter: parts = offsets of nchunks + 1; the engine reduces in a copy of input, the result is chunk `my_part`.
  */
@@ -194,6 +196,38 @@ void cl_operation_times(cl_operation *operation, double *submitted, double *star
 void cl_operation_release(cl_operation *operation);
 /* Seconds on the clock of cl_operation_times: CLOCK_MONOTONIC, or the simulated clock. */
 double cl_engine_now(cl_engine *engine);
+
+/* ---- tickets ------------------------------------------------------------------------------------------------ */
+
+/*
+ * Libraries such as gloo, NCCL and MPI want every rank to begin its collectives in one order, while operations become
+ * ready on every rank in an order of its own. An operation of kind CL_TICKET is such a foreign collective: once all
+ * members have posted it (and agree on its metadata), members[0] hands out its segments as tickets, the most urgent
+ * operation first, and few at a time: an urgent operation that comes later waits for no more than those. All members
+ * get the same tickets in the same order. Whoever takes a ticket moves that segment's bytes and returns it; the
+ * operation is done with its last ticket. All operations of this kind in one engine have the same members.
+ */
+typedef struct {
+    cl_operation *operation; /* held for the caller until cl_ticket_return */
+    uint64_t key;
+    uint32_t segment;
+    uint64_t first, count;   /* the segment's elements */
+    const uint64_t *splits;  /* all members' splits, in member order; valid until cl_ticket_return */
+    uint64_t nsplits;        /* how many these are in all */
+} cl_ticket;
+
+/*
+ * Waits for this rank's next ticket; one thread takes them all.
+ * Returns CL_AGAIN on time-out; CL_SHUTDOWN or CL_PEER_LOST once the engine has ended and no ticket is left.
+ */
+int cl_ticket_next(cl_engine *engine, int32_t timeout_ms, cl_ticket *ticket);
+/* This rank is done with a ticket; the ticket of an operation that has failed meanwhile is returned like any other. */
+void cl_ticket_return(const cl_ticket *ticket);
+/*
+ * For a caller that cannot move bytes any more: ends this engine as if its rank had been lost. Everything in flight
+ * fails on every rank with CL_PEER_LOST, this rank to blame and `text` as the reason.
+ */
+void cl_engine_fail(cl_engine *engine, const char *text);
 
 /* ---- simulation --------------------------------------------------------------------------------------------- */
 

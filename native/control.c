@@ -67,11 +67,18 @@ static void finish(cl_operation *operation)
         cl_engine_replay(operation->engine, operation);
 }
 
-static void tell_children(cl_operation *operation, const uint8_t *data, size_t nbytes)
+void cl_exchange_tell_children(cl_operation *operation, const cl_frame *frame, const void *payload)
 {
     int32_t first, count = children_of(operation, &first);
     for (int32_t child = first; child < first + count; child++)
-        tell(operation, child, CL_FRAME_EXCHANGE_DOWN, data, nbytes);
+        cl_engine_tell(operation->engine, operation->request.members[child], frame, payload);
+}
+
+static void tell_children(cl_operation *operation, const uint8_t *data, size_t nbytes)
+{
+    cl_frame frame = {.key = operation->request.key, .type = CL_FRAME_EXCHANGE_DOWN, .nbytes = (uint32_t)nbytes,
+                      .meta = operation->meta};
+    cl_exchange_tell_children(operation, &frame, data);
 }
 
 /* Down goes, per member, the number of bytes and the bytes. */

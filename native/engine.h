@@ -32,6 +32,7 @@ typedef enum {
     CL_FRAME_CREDIT,        /* arg bytes of eager budget come back */
     CL_FRAME_EXCHANGE_UP,   /* entries of a subtree */
     CL_FRAME_EXCHANGE_DOWN, /* all entries */
+    CL_FRAME_TICKET,        /* `segment` may be moved now, by whoever takes tickets */
     CL_FRAME_MISMATCH,      /* payload: what the sender submitted under this key */
     CL_FRAME_FAIL,          /* arg: status; step: rank to blame; payload: text */
     CL_FRAME_LOST,          /* arg: the lost rank; payload: text */
@@ -132,6 +133,7 @@ struct cl_operation {
     uint64_t result_count;
     uint64_t *member_counts;
     uint32_t nsegments, segments_done;
+    uint32_t handed_out; /* tickets, at members[0] */
     cl_segment *segments;
     uint8_t *verified, *wants, *starved; /* per plan peer */
     uint64_t *posted;            /* per plan peer: bytes accepted by the link and not yet sent */
@@ -142,6 +144,23 @@ struct cl_operation {
     int status, blamed;
     char error[CL_ERROR_NBYTES];
 };
+
+/* ---- tickets ----------------------------------------------------------------------------------------------- */
+
+typedef struct cl_granted {
+    struct cl_granted *next;
+    cl_operation *operation; /* held */
+    uint32_t segment;
+} cl_granted;
+
+typedef struct {
+    cl_heap waiting;      /* at members[0]: operations with segments to hand out */
+    uint32_t outstanding; /* handed out and not come back */
+    _Atomic(cl_granted *) granted; /* newest first, for the thread that takes them */
+    cl_granted *taken;    /* that thread's own: oldest first */
+    atomic_int events;    /* futex: counts what that thread should look at */
+    atomic_int closed;    /* cl_status: no tickets will come */
+} cl_tickets;
 
 /* ---- peers and engine -------------------------------------------------------------------------------------- */
 
@@ -196,6 +215,7 @@ struct cl_engine {
     int32_t *dirty, ndirty;
     int health, blamed;
     bool leaving;
+    cl_tickets tickets;
     char health_text[CL_ERROR_NBYTES];
     cl_stats stats;
     /* Told of each completion; the simulator's hook, else NULL. */
@@ -263,9 +283,20 @@ void cl_exchange_on_up(cl_operation *operation, int32_t peer, const uint8_t *dat
 void cl_exchange_on_down(cl_operation *operation, const uint8_t *data, size_t nbytes);
 bool cl_exchange_awaits(const cl_operation *operation, int32_t peer);
 void cl_exchange_free(cl_operation *operation);
+void cl_exchange_tell_children(cl_operation *operation, const cl_frame *frame, const void *payload);
 void cl_control_mismatch(cl_operation *operation, int32_t peer);
 void cl_control_on_mismatch(cl_operation *operation, int32_t peer, const char *text);
 void cl_control_fail_everywhere(cl_operation *operation, int status, int32_t blamed, const char *text);
+
+/* ticket.c: turns for operations whose bytes somebody else moves */
+int cl_tickets_start(cl_operation *operation);
+void cl_tickets_on_ticket(cl_operation *operation, uint32_t segment);
+/* Counts what was returned; the operation is done with its last ticket. */
+void cl_tickets_collect(cl_operation *operation);
+/* The operation fails: its tickets come back by themselves. */
+void cl_tickets_forget(cl_operation *operation);
+void cl_tickets_close(cl_engine *engine, int status);
+void cl_tickets_free(cl_engine *engine);
 
 /* frames.c: what came in */
 extern const cl_sink cl_engine_sink;
@@ -281,6 +312,12 @@ void cl_outgoing_free(cl_outgoing *outgoing);
 
 /* thread.c */
 void cl_runtime_completed(cl_operation *operation);
+/* Tells the owner, from any thread, that segments are ready: their gates, or tickets that come back. */
+void cl_operation_open(cl_operation *operation, uint32_t first, uint32_t end);
+/* Sleeps while the word has this value, at most so long. */
+void cl_futex_wait(atomic_int *word, int value, double timeout_s);
+/* Changes the word and wakes all who sleep on it. */
+void cl_futex_wake(atomic_int *word);
 void cl_runtime_free(cl_engine *engine);
 
 /* shm.c */

@@ -89,6 +89,13 @@ static void handle_down(cl_engine *engine, cl_operation *operation, cl_kept *kep
     cl_kept_free(kept);
 }
 
+static void handle_ticket(cl_engine *engine, cl_operation *operation, cl_kept *kept)
+{
+    (void)engine;
+    cl_tickets_on_ticket(operation, kept->frame.segment);
+    cl_kept_free(kept);
+}
+
 static void handle_mismatch(cl_engine *engine, cl_operation *operation, cl_kept *kept)
 {
     (void)engine;
@@ -118,6 +125,7 @@ static const frame_rule rules[] = {
     [CL_FRAME_DATA] = {handle_data, true, true, false},
     [CL_FRAME_EXCHANGE_UP] = {handle_up, false, false, true},
     [CL_FRAME_EXCHANGE_DOWN] = {handle_down, false, false, true},
+    [CL_FRAME_TICKET] = {handle_ticket, true, true, false},
     [CL_FRAME_MISMATCH] = {handle_mismatch, false, false, true},
     [CL_FRAME_FAIL] = {handle_fail, false, false, true},
 };

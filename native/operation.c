@@ -311,6 +311,8 @@ int cl_operation_start(cl_operation *operation)
         cl_operation_complete(operation, CL_OK);
         return CL_OK;
     }
+    if (r->kind == CL_TICKET)
+        return cl_tickets_start(operation);
     uint64_t nbytes = r->count * cl_dtype_nbytes(r->dtype);
     bool uneven = r->kind == CL_ALLGATHER || r->kind == CL_ALLTOALL;
     operation->eager = !uneven && !r->gated && operation->nsegments == 1 && nbytes <= operation->engine->settings.eager_nbytes;
@@ -329,6 +331,10 @@ int cl_operation_start(cl_operation *operation)
 
 void cl_operation_open_gates(cl_operation *operation)
 {
+    if (operation->request.kind == CL_TICKET) {
+        cl_tickets_collect(operation);
+        return;
+    }
     if (!operation->request.gated || !operation->started)
         return;
     for (uint32_t s = 0; s < operation->nsegments; s++) {
@@ -503,6 +509,8 @@ void cl_operation_fail(cl_operation *operation, int status, int32_t blamed, cons
     }
     cl_incoming_drop(engine, operation);
     drop_kept(operation);
+    if (operation->request.kind == CL_TICKET)
+        cl_tickets_forget(operation);
     operation->blamed = blamed;
     snprintf(operation->error, sizeof operation->error, "%s failed: %s", operation->text, text);
     cl_engine_failed_key(engine, operation->request.key);

@@ -27,8 +27,8 @@ static bool request_is_sound(const cl_request *r)
     if (r->nmembers < 0 || (r->nmembers > 0) != (r->members != NULL) || r->nsplits < 0 ||
         (r->nsplits > 0 && r->splits == NULL))
         return false;
-    bool exchanges = r->kind == CL_ALLGATHER || r->kind == CL_ALLTOALL || r->kind == CL_EXCHANGE;
-    if (exchanges && (r->members == NULL || r->gated))
+    bool exchanges = r->kind == CL_ALLGATHER || r->kind == CL_ALLTOALL || r->kind == CL_EXCHANGE || r->kind == CL_TICKET;
+    if (exchanges && (r->members == NULL || r->gated || (r->parts != NULL && r->plan == NULL)))
         return false;
     if (r->kind == CL_ALLGATHER && (r->nsplits != 1 || r->plan->nchunks != r->nmembers))
         return false;
@@ -308,7 +308,7 @@ int cl_operation_layout(cl_operation *operation)
         [CL_ALLREDUCE] = lay_out_in_place, [CL_BROADCAST] = lay_out_in_place,
         [CL_BARRIER] = lay_out_in_place, [CL_ALLGATHER] = lay_out_allgather,
         [CL_REDUCESCATTER] = lay_out_reducescatter, [CL_ALLTOALL] = lay_out_alltoall,
-        [CL_EXCHANGE] = lay_out_exchange,
+        [CL_EXCHANGE] = lay_out_exchange, [CL_TICKET] = lay_out_exchange,
     };
     return layouts[operation->request.kind](operation);
 }

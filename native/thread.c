@@ -56,6 +56,19 @@ static long futex(atomic_int *word, int operation, int value, const struct times
     return syscall(SYS_futex, word, operation | FUTEX_PRIVATE_FLAG, value, timeout, NULL, 0);
 }
 
+void cl_futex_wait(atomic_int *word, int value, double timeout_s)
+{
+    struct timespec timeout = {(time_t)timeout_s, (long)(1e9 * (timeout_s - (double)(time_t)timeout_s))};
+    if (atomic_load(word) == value)
+        futex(word, FUTEX_WAIT, value, &timeout);
+}
+
+void cl_futex_wake(atomic_int *word)
+{
+    atomic_fetch_add(word, 1);
+    futex(word, FUTEX_WAKE, INT_MAX, NULL);
+}
+
 static bool try_lock(struct cl_runtime *runtime)
 {
     int expected = LOCK_FREE;
@@ -340,11 +353,17 @@ int cl_submit(cl_engine *engine, const cl_request *request, cl_operation **out)
 
 int cl_operation_ready(cl_operation *operation, uint32_t first, uint32_t end)
 {
-    cl_engine *engine = operation->engine;
     if (!operation->request.gated || first > end || end > operation->nsegments)
         return CL_INVALID;
+    cl_operation_open(operation, first, end);
+    return CL_OK;
+}
+
+void cl_operation_open(cl_operation *operation, uint32_t first, uint32_t end)
+{
+    cl_engine *engine = operation->engine;
     if (atomic_load(&operation->done))
-        return CL_OK;
+        return;
     for (uint32_t s = first; s < end; s++)
         atomic_store_explicit(&operation->gates[s], 1, memory_order_release);
     if (atomic_exchange(&operation->gate_queued, 1) == 0) {
@@ -356,7 +375,6 @@ int cl_operation_ready(cl_operation *operation, uint32_t first, uint32_t end)
     }
     if (engine->wake != NULL)
         engine->wake(engine);
-    return CL_OK;
 }
 
 void cl_runtime_completed(cl_operation *operation)
@@ -463,6 +481,22 @@ void cl_engine_stats(cl_engine *engine, cl_stats *stats)
     if (engine->runtime != NULL)
         lock(engine->runtime);
     *stats = engine->stats;
+    if (engine->runtime != NULL)
+        unlock(engine->runtime);
+}
+
+void cl_engine_fail(cl_engine *engine, const char *text)
+{
+    if (atomic_load_explicit(&engine->forked, memory_order_relaxed))
+        return;
+    if (engine->runtime != NULL)
+        lock(engine->runtime);
+    if (!atomic_load(&engine->ended)) {
+        cl_engine_lost(engine, engine->rank, text, true);
+        cl_engine_flush(engine);
+        if (engine->runtime != NULL)
+            ring_own(engine->runtime); /* what did not leave yet is the thread's */
+    }
     if (engine->runtime != NULL)
         unlock(engine->runtime);
 }
