@@ -9,6 +9,7 @@ import contextlib
 import os
 import pickle
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -201,3 +202,9 @@ def run_script(text, size, deadline_s=30.0, **options):
             process.kill()
             process.wait()
     return [(process.returncode, output.decode(errors="replace")) for process, output in zip(processes, outputs)]
+
+
+def program(name):
+    """Where a program is: beside this Python (a virtual environment need not be on the PATH), or on the PATH; else None."""
+    folder = os.path.dirname(sys.executable)
+    return shutil.which(name, path=os.pathsep.join((folder, os.environ.get("PATH", ""))))

@@ -1,13 +1,13 @@
 """commrun with real processes: exit codes, signals, output, environment, and that nothing outlives it."""
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from support import program
 
 TIMEOUT_S = 20.0
 COMMRUN = [sys.executable, "-m", "commlib.launch"]
@@ -360,8 +360,8 @@ sys.stdout.write(f"{placement.launcher} {values}\\n")
 """
 
 
-@pytest.mark.skipif(shutil.which("torchrun") is None, reason="no torchrun on PATH")
+@pytest.mark.skipif(program("torchrun") is None, reason="no torchrun beside Python or on the PATH")
 def test_a_real_torchrun(mark):
-    command = ["torchrun", "--no-python", "--nproc-per-node", "2", sys.executable, "-c", GATHER]
+    command = [program("torchrun"), "--no-python", "--nproc-per-node", "2", sys.executable, "-c", GATHER]
     ran = subprocess.run(command, env=environ_with(mark), capture_output=True, timeout=60, text=True, check=False)
     assert ran.stdout.splitlines() == ["torchrun [b'0', b'1']"] * 2, ran.stderr
