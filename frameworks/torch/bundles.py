@@ -1,44 +1,23 @@
-"""Bundles: which parameters are updated together, and how a user's optimizer is made to step one bundle only.
+"""Stepping over some parameters only: how a user's optimizer is made to update one group of gradients and no others.
 
-The optimizer is the user's own, of whatever class: for the time of one call its `param_groups` name the bundle's
-parameters and no others, with hyper-parameters as they were at step(). Whether that equals a whole step is for probe.py
-to find out.
+The optimizer is the user's own, of whatever class: for the time of one call its `param_groups` name these parameters and
+no others, with hyper-parameters as they were at step(). Whether that equals a whole step is for probe.py to find out.
 """
+
+from contextlib import contextmanager
 
 import torch
 
 
-class Bundle:
-    """Parameters that are updated together: those that one module owns directly.
-
-    Attributes:
-        name: the module's name, for people.
-        gradients: what is updated: gradients.Gradient, or anything with `.parameter`.
-        gated: whether readers of these parameters wait; otherwise step() does.
-        groups: after step(), param_groups of just these parameters.
-    """
-
-    def __init__(self, name, gradients, gated=True):
-        self.name = name
-        self.gradients = gradients
-        self.gated = gated
-        self.groups = None
-
-
-def bundles_of(model, gradients):
-    """Splits gradients by the module of `model` that owns their parameter; the rest is one bundle without gates.
-
-    A parameter that several modules share belongs to the first of them.
-    """
-    left = {gradient.parameter: gradient for gradient in gradients}
-    bundles = []
-    for name, module in model.named_modules():
-        owned = [left.pop(p) for p in dict.values(module._parameters) if p is not None and p in left]
-        if owned:
-            bundles.append(Bundle(name, owned))
-    if left:
-        bundles.append(Bundle("outside of the model", list(left.values()), gated=False))
-    return bundles
+@contextmanager
+def as_users_own(optimizer, real_class):
+    """Within it the optimizer is of the user's class again: its step finds no methods of commlib, and no detours."""
+    wrapped_class = optimizer.__class__
+    optimizer.__class__ = real_class
+    try:
+        yield
+    finally:
+        optimizer.__class__ = wrapped_class
 
 
 def snapshot(param_groups):

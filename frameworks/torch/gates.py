@@ -23,22 +23,22 @@ class Gates:
     """All gates of one optimizer in one model.
 
     Args:
-        bundle_of: parameter -> the bundle it is updated with; any hashable objects.
-        open_bundle: open_bundle(bundle) is called before a parameter of a pending bundle is read.
+        open_group: open_group(group) is called before a parameter of a pending group is read.
         settle: settle() is called before gradients are seen together with weights, as `parameters()` makes possible.
-        used: used(parameter) is called at every use in forward, in order of use; None: nobody wants to know.
 
-    `pending` is the set of bundles whose update is still to come; its owner fills and empties it.
+    Attributes:
+        member_of: parameter -> an object whose `group` is what it is updated with; groups are any hashable objects.
+        pending: the groups whose update is still to come, as keys in the order of need; their owner fills and empties it.
+        read: parameters that somebody read through a gate are added to it; None: nobody wants to know.
     """
 
-    def __init__(self, bundle_of, open_bundle, settle, used=None):
-        self.bundle_of = bundle_of
-        self.open_bundle = open_bundle
+    def __init__(self, open_group, settle):
+        self.member_of = {}
+        self.open_group = open_group
         self.settle = settle
-        self.used = used
-        self.pending = set()
-        self.forward_depth = 0  # how many forwards of the whole model are running
-        self.reading = True  # False: parameters are listed for other reasons than their values
+        self.pending = {}
+        self.read = set()
+        self.listing = False  # True: parameters are listed for other reasons than their values
         self._removals = []
 
     # ---- what readers call
@@ -46,44 +46,51 @@ class Gates:
     def before_forward(self, parameters):
         """A module that owns these parameters begins its forward."""
         for parameter in parameters:
-            if self.used is not None:
-                self.used(parameter)
-            self.before_read(parameter)
+            if parameter is not None:
+                self.before_read(parameter)
 
     def before_read(self, parameter):
         """Somebody is about to read this parameter."""
-        bundle = self.bundle_of.get(parameter)
-        if bundle in self.pending:
-            self.open_bundle(bundle)
+        if self.read is not None:
+            self.read.add(parameter)
+        member = self.member_of.get(parameter)
+        if member is not None and member.group in self.pending:
+            self.open_group(member.group)
 
     def before_read_all(self, parameters):
         """Somebody is about to see these parameters, and perhaps their gradients."""
-        if self.reading:
+        if not self.listing:
             self.settle()
             if self.pending:
-                for parameter in parameters:
-                    self.before_read(parameter)
+                self.before_forward(parameters)
 
     # ---- making and removing
 
-    def install(self, model):
-        """Puts gates on every module of `model` that owns a parameter of a bundle.
+    def install(self, model, member_of):
+        """Puts gates on every module of `model` that owns one of the parameters and has none yet.
+
+        Returns:
+            The parameters that have a gate now.
 
         Raises:
             ValueError: a module has gates of another optimizer that owns parameters which this one does not.
         """
+        self.member_of = member_of
+        gated = set()
         for module in model.modules():
-            if any(parameter in self.bundle_of for parameter in dict.values(module._parameters)):
+            own = [p for p in dict.values(module._parameters) if p is not None and p in member_of]
+            gated.update(own)
+            if own and getattr(module._parameters, "gates", None) is not self:
                 self._gate_module(module)
-        self._removals.append(model.register_forward_pre_hook(_Enter(self), prepend=True).remove)
-        self._removals.append(model.register_forward_hook(_Leave(self), always_call=True).remove)
-        # A bound method, not a closure: in a deep copy of the model it is bound to the copy.
-        model.zero_grad = types.MethodType(zero_grad, model)
+        if "zero_grad" not in vars(model):
+            # A bound method, not a closure: in a deep copy of the model it is bound to the copy.
+            model.zero_grad = types.MethodType(zero_grad, model)
+        return gated
 
     def _gate_module(self, module):
         parameters = module._parameters
         if isinstance(parameters, GatedParameters):
-            if any(parameter not in self.bundle_of for parameter in parameters.gates.bundle_of):
+            if any(parameter not in self.member_of for parameter in parameters.gates.member_of):
                 raise ValueError(
                     f"{type(module).__name__} already has gates of another DistributedOptimizer, which owns parameters "
                     "that this one does not: use one optimizer with several parameter groups, or named_parameters="
@@ -95,8 +102,8 @@ class Gates:
 
     def remove(self):
         """Finishes what is pending and makes the modules ordinary again."""
-        for bundle in list(self.pending):
-            self.open_bundle(bundle)
+        while self.pending:
+            self.open_group(next(iter(self.pending)))
         while self._removals:
             self._removals.pop()()
 
@@ -113,10 +120,8 @@ class GatedParameters(dict):
     def __getitem__(self, name):
         parameter = super().__getitem__(name)
         gates = self.gates
-        if gates.pending:
+        if gates.pending or gates.read is not None:
             gates.before_read(parameter)
-        if gates.forward_depth and gates.used is not None:
-            gates.used(parameter)
         return parameter
 
     def get(self, name, default=None):
@@ -158,18 +163,9 @@ class _Gate(_ModelHook):
     def __call__(self, module, arguments):
         if torch.compiler.is_compiling():
             raise RuntimeError(COMPILED)
-        if self.gates.pending or self.gates.used is not None:
-            self.gates.before_forward([p for p in dict.values(module._parameters) if p is not None])
-
-
-class _Enter(_ModelHook):
-    def __call__(self, module, arguments):
-        self.gates.forward_depth += 1
-
-
-class _Leave(_ModelHook):
-    def __call__(self, module, arguments, result):
-        self.gates.forward_depth -= 1
+        gates = self.gates
+        if gates.pending or gates.read is not None:
+            gates.before_forward(dict.values(module._parameters))
 
 
 def zero_grad(model, set_to_none=True):
@@ -177,9 +173,9 @@ def zero_grad(model, set_to_none=True):
     gated = [m._parameters for m in nn.Module.modules(model) if isinstance(m._parameters, GatedParameters)]
     all_gates = {id(parameters.gates): parameters.gates for parameters in gated}.values()
     for gates in all_gates:
-        gates.reading = False
+        gates.listing = True
     try:
         type(model).zero_grad(model, set_to_none)
     finally:
         for gates in all_gates:
-            gates.reading = True
+            gates.listing = False

@@ -3,19 +3,21 @@
 This file knows parameters, names, priorities and handles. It does not know optimizers, modules or gates: both forms of
 DistributedOptimizer stand on it, so both send the same operations and get the same bits.
 
-A gradient is IDLE (nothing sent), FLYING (being reduced in place: nobody may touch p.grad), REDUCED (p.grad holds the
-result) or CLAIMED (step() has taken it out of p.grad; its update is still to come).
+A group of gradients is IDLE (nothing sent), FLYING (being reduced: nobody may touch its p.grad), REDUCED (p.grad holds
+the result) or CLAIMED (step() has taken it out of p.grad; its update is still to come).
 """
 
+import logging
 import time
-from enum import Enum
 
 import torch
 
-import commlib
-from commlib.torch.tensors import buffer_of, check_tensor, contiguous
+from commlib.torch.groups import LADDER, Gradient, Group, Phase, members_of_groups
+from commlib.torch.order import FirstUse
+from commlib.torch.presence import Presence
+from commlib.torch.tensors import check_tensor
 
-Phase = Enum("Phase", "IDLE FLYING REDUCED CLAIMED")
+_log = logging.getLogger("commlib.torch")
 
 TOO_MANY_PASSES = (
     "Gradients were computed more than backward_passes_per_step times before call to step(). Increase "
@@ -26,38 +28,19 @@ ZEROED_IN_FLIGHT = (
     "This is prohibited as it can cause a race condition."
 )
 
-
-class Gradient:
-    """What is known of one parameter's gradient between two steps."""
-
-    __slots__ = ("parameter", "name", "index", "priority", "nbytes", "exposed_s", "phase", "passes_left", "tensor",
-                 "wire", "version", "handle", "absent")  # fmt: skip
-
-    def __init__(self, parameter, name, index, passes):
-        self.parameter = parameter
-        self.name = name
-        self.index = index
-        self.priority = index  # registration order, until the order of first use is known
-        self.nbytes = parameter.numel() * parameter.element_size()
-        self.exposed_s = 0.0  # how long the main thread has waited for it, in all steps
-        self.rest(passes)
-
-    def rest(self, passes):
-        """Back to IDLE: the next backward pass starts anew."""
-        self.phase = Phase.IDLE
-        self.passes_left = passes
-        self.tensor = self.wire = self.version = self.handle = None
-        self.absent = False  # whether zeros were sent, because this rank had no gradient
+_IDLE, _FLYING, _REDUCED, _CLAIMED = Phase.IDLE, Phase.FLYING, Phase.REDUCED, Phase.CLAIMED
 
 
 class Arrival:
     """The hook of one parameter. A parameter has one at most: the last exchange that tracks it sends its gradient."""
 
+    __slots__ = ("exchange", "gradient", "_registration")
+
     def __init__(self, exchange, gradient):
         self.exchange = exchange
         self.gradient = gradient
         for hook in list((gradient.parameter._post_accumulate_grad_hooks or {}).values()):
-            if isinstance(hook, Arrival):
+            if isinstance(hook, Arrival) and hook.exchange is not exchange:
                 hook.retire()
         self._registration = gradient.parameter.register_post_accumulate_grad_hook(self)
 
@@ -73,136 +56,190 @@ class Arrival:
 class GradientExchange:
     """Sends gradients of tracked parameters as backward makes them.
 
+    The first step sends every gradient by itself and measures in which order parameters are used. At its end, and at
+    the end of a step at which any rank found that something has changed, all ranks agree on the order of need and on
+    groups: `regroup`.
+
     Args:
         communicator: the core's communicator.
         op: commlib.Average, Sum, ...
         prescale_factor, postscale_factor: multiplied before and after the reduction.
         passes: backward passes that accumulate locally before a gradient is sent.
         sparse_as_dense: turn sparse gradients into dense ones (otherwise they are an error).
-        presence: tell all ranks which gradients existed anywhere, so that one that no rank had stays None.
+        presence: a gradient that no rank had stays None; otherwise it becomes zeros, as in Horovod.
         prefix: put before the names of the operations.
+        ladder: capacities of groups, see groups.LADDER; None: every gradient by itself.
+
+    Attributes:
+        gradients: a Gradient per tracked parameter.
+        groups: what is sent as one, in the order of need.
+        regroup_due: whether all ranks are to call `regroup` at the end of this step.
     """
 
     def __init__(self, communicator, *, op, prescale_factor=1.0, postscale_factor=1.0, passes=1, sparse_as_dense=False,
-                 presence=False, prefix=""):  # fmt: skip
+                 presence=False, prefix="", ladder=LADDER):  # fmt: skip
         self.communicator = communicator
         self.gradients = []
+        self.groups = []
         self.passes = passes
         self.prefix = prefix
         self.exposed_s = 0.0
-        self.flying = 0  # how many gradients are being reduced for a step() still to come
-        self._arguments = {"op": op, "prescale_factor": prescale_factor, "postscale_factor": postscale_factor}
-        self._sparse_as_dense = sparse_as_dense
-        self._presence = presence
+        self.flying = 0  # how many groups are being reduced for a step() still to come
+        self.first_use = FirstUse()
+        self.regroup_due = False
         self.superseded_by = None  # a parameter's name, once a newer exchange tracks it
+        self.paused = False  # while True, gradients only accumulate on this rank
+        self._options = {"op": op, "prescale_factor": prescale_factor, "postscale_factor": postscale_factor,
+                         "overlapped": True}  # fmt: skip
+        self._sparse_as_dense = sparse_as_dense
+        self._keeps_none = presence
+        self._ladder = ladder
         self._spans = []  # (started_s, done_s) of operations that were waited for
-        self._frozen = []
+        self._asleep = []  # gradients of frozen parameters: nobody sends them
         self._closed = False  # whether every parameter's gradient of this step has been sent
-        self._counts = None
-        self._counts_handle = None
+        self._wants = True  # whether this rank wants new groups
+        self._presence = None
 
     # ---- tracking
 
     def track(self, parameter, name):
         """Sends this parameter's gradients from now on. Returns its Gradient."""
         check_tensor(parameter, f"parameter {name!r}")
-        gradient = Gradient(parameter, name, len(self.gradients), self.passes)
+        gradient = Gradient(parameter, name, len(self.gradients))
         self.gradients.append(gradient)
-        Arrival(self, gradient)
+        self.first_use.add()
+        self._wants = True
+        if self._presence is None:
+            self._presence = Presence(self.communicator, f"{self.prefix}presence of {name}")
+        self._asleep.append(gradient)
+        if parameter.requires_grad:
+            self._wake(gradient)
         return gradient
 
-    def watch_frozen(self, parameter, name):
-        """Refuses the next step if this parameter, which needs no gradient now, needs one then."""
-        self._frozen.append((parameter, name))
+    def _wake(self, gradient):
+        """A parameter requires gradients: until the next regrouping they travel by themselves."""
+        self._asleep.remove(gradient)
+        hooks = (gradient.parameter._post_accumulate_grad_hooks or {}).values()
+        if not any(isinstance(hook, Arrival) and hook.exchange is self for hook in hooks):
+            Arrival(self, gradient)
+        self._add_group([gradient])
+        self._wants = True
+
+    def _add_group(self, members):
+        group = Group(members, self.prefix, self._options)
+        group.rest(self.passes)
+        self.groups.append(group)
 
     def set_passes(self, passes):
         """How many backward passes accumulate locally before a gradient is sent, from now on."""
         self.passes = passes
         for gradient in self.gradients:
-            gradient.passes_left = passes
+            gradient.left = passes
 
     # ---- sending
 
     def arrived(self, gradient):
-        """Backward has accumulated into p.grad: send it, if this was the last pass."""
-        if gradient.phase is Phase.CLAIMED:
+        """Backward has accumulated into p.grad: send it, if it was the last pass and its group is complete."""
+        group = gradient.group
+        if group is None:
+            return  # of a parameter that was frozen: `close` wakes it
+        if group.phase is not _IDLE:
+            self._arrived_late(gradient, group)
+        if self.paused:
+            return
+        arrivals = self.first_use.arrivals
+        if arrivals is not None:
+            arrivals.append(gradient.number)
+        gradient.left -= 1
+        if gradient.left > 0:
+            return
+        if gradient.left < 0:
+            raise AssertionError(f"{TOO_MANY_PASSES} (parameter {gradient.name!r})")
+        group.missing -= 1
+        if not group.missing:
+            self._send(group)
+
+    def _arrived_late(self, gradient, group):
+        if group.phase is _CLAIMED:
             raise RuntimeError(
                 f"a gradient arrived for parameter {gradient.name!r}, whose update from the last step() is still "
                 "pending: it was used without its module's forward or attribute (from a list made earlier, perhaps), "
                 "so its old value was used. Call optimizer.synchronize() before such a use, or pass overlap_forward=False"
             )
-        if gradient.phase is Phase.FLYING:
+        if group.phase is _FLYING:
             raise AssertionError(f"{TOO_MANY_PASSES} (parameter {gradient.name!r})")
-        if gradient.phase is Phase.REDUCED:
-            gradient.rest(self.passes)  # synchronize() without step(): the pass begins a new step
-            self._closed = False
-        gradient.passes_left -= 1
-        if gradient.passes_left <= 0:
-            self._send(gradient)
+        group.rest(self.passes)  # synchronize() without step(): the pass begins a new step
+        self._closed = False
 
     def close(self):
         """Sends what backward did not: zeros for parameters that this rank did not use, so that no rank hangs."""
-        if self._closed:
+        if self._closed or not self.gradients:
             return
-        self._check_in_charge()
-        self._closed = True
-        idle = [gradient for gradient in self.gradients if gradient.phase is Phase.IDLE]
-        for gradient in idle:
-            gradient.absent = gradient.parameter.grad is None
-        if self._presence and self.gradients:
-            self._send_presence()
-        for gradient in idle:
-            # A frozen parameter is frozen on every rank: nobody sends it.
-            if gradient.parameter.requires_grad or not gradient.absent:
-                self._send(gradient)
-
-    def _check_in_charge(self):
         if self.superseded_by is not None:
             raise RuntimeError(
                 f"this optimizer is no longer in charge: parameter {self.superseded_by!r} was given to a newer "
                 "DistributedOptimizer"
             )
-        for parameter, name in self._frozen:
-            if parameter.requires_grad:
-                raise RuntimeError(
-                    f"parameter {name!r} was frozen when the optimizer was wrapped and requires a gradient now: "
-                    "unfreezing is not supported yet, so make the optimizer and its DistributedOptimizer anew"
-                )
+        self._closed = True
+        for gradient in [gradient for gradient in self._asleep if gradient.parameter.requires_grad]:
+            self._wake(gradient)
+        absent = []
+        idle = [group for group in self.groups if group.phase is _IDLE]
+        for gradient in (gradient for group in idle for gradient in group.gradients):
+            gradient.absent = gradient.parameter.grad is None
+            if gradient.absent:
+                absent.append(gradient)
+        self._wants |= any(not gradient.parameter.requires_grad for gradient in absent)
+        self._wants |= self.first_use.end_step()
+        self.regroup_due = not self.first_use.cohorts or self._presence.wanted()
+        wants = self._wants and not self.regroup_due
+        self._presence.send(len(self.gradients), [gradient.number for gradient in absent], wants)
+        for group in idle:
+            # A frozen parameter is frozen on every rank: a group of them is sent by nobody.
+            if any(gradient.parameter.requires_grad or not gradient.absent for gradient in group.gradients):
+                self._send(group)
 
-    def _send(self, gradient):
-        parameter = gradient.parameter
-        if gradient.absent:
-            tensor = torch.zeros_like(parameter, requires_grad=False)
-        else:
-            tensor = self._dense(gradient)
-        gradient.tensor = tensor
-        gradient.wire = contiguous(tensor)
-        gradient.version = tensor._version
-        gradient.phase = Phase.FLYING
+    def _send(self, group):
+        for gradient in group.gradients:
+            if not gradient.absent:
+                tensor = gradient.parameter.grad
+                if tensor is None or tensor.requires_grad or not tensor.is_cpu or tensor.layout is not torch.strided:
+                    tensor = self._dense(gradient)
+                gradient.tensor = tensor
+                gradient.version = tensor._version
+        if len(group.gradients) > 1 and not group.fits():
+            self._send_apart(group)
+            return
+        group.handle = self.communicator.allreduce_async_(group.gather(), **group.options)
+        group.phase = _FLYING
         self.flying += 1
-        gradient.handle = self.communicator.allreduce_async_(
-            buffer_of(gradient.wire), name=self.prefix + gradient.name, priority=gradient.priority, **self._arguments
-        )
+
+    def _send_apart(self, group):
+        """The model was moved to another dtype: until the next regrouping these travel by themselves."""
+        self.groups.remove(group)
+        self._wants = True
+        for gradient in group.gradients:
+            check_tensor(gradient.parameter, f"parameter {gradient.name!r}")
+            absent = gradient.absent
+            self._add_group([gradient])
+            gradient.absent = absent
+            gradient.left = 0
+            self._send(gradient.group)
 
     def _dense(self, gradient):
         tensor = gradient.parameter.grad
+        if tensor is None:
+            raise AssertionError(f"{ZEROED_IN_FLIGHT} (parameter {gradient.name!r})")
         if tensor.requires_grad:
             raise ValueError(f"the gradient of {gradient.name!r} requires a gradient: create_graph is not supported")
+        if tensor.is_sparse and not self._sparse_as_dense:
+            raise ValueError(
+                f"the gradient of {gradient.name!r} is sparse: pass sparse_as_dense=True to DistributedOptimizer"
+            )
         if tensor.is_sparse:
-            if not self._sparse_as_dense:
-                raise ValueError(
-                    f"the gradient of {gradient.name!r} is sparse: pass sparse_as_dense=True to DistributedOptimizer"
-                )
             tensor = gradient.parameter.grad = tensor.to_dense()
         check_tensor(tensor, f"the gradient of {gradient.name!r}")
         return tensor
-
-    def _send_presence(self):
-        if self._counts_handle is not None:
-            self._counts_handle.wait()  # of the last step, long done: a name is in flight only once
-        self._counts = torch.tensor([int(not gradient.absent) for gradient in self.gradients], dtype=torch.int32)
-        name = f"{self.prefix}presence of {self.gradients[0].name}"
-        self._counts_handle = self.communicator.allreduce_async_(buffer_of(self._counts), name=name, op=commlib.Sum)
 
     # ---- receiving
 
@@ -216,64 +253,108 @@ class GradientExchange:
         if gradient.absent:
             return
         present = gradient.parameter.grad
+        if present is gradient.tensor and present._version == gradient.version:
+            return
         if present is None:
             raise AssertionError(f"{ZEROED_IN_FLIGHT} (parameter {gradient.name!r})")
-        if present is not gradient.tensor or present._version != gradient.version:
-            raise RuntimeError(
-                f"the gradient of {gradient.name!r} was changed while it was being reduced: call "
-                "optimizer.synchronize() between loss.backward() and whatever changes gradients (clipping, unscaling)"
-            )
+        raise RuntimeError(
+            f"the gradient of {gradient.name!r} was changed while it was being reduced: call "
+            "optimizer.synchronize() between loss.backward() and whatever changes gradients (clipping, unscaling)"
+        )
 
-    def wait(self, gradient):
-        """Waits until a gradient that was sent is reduced; its `tensor` is the result, None if no rank had one."""
-        if gradient.handle is None:
+    def wait(self, group):
+        """Waits until a group that was sent is reduced; its gradients' `tensor`s are the results, None if no rank had one."""
+        if group.handle is None:
             return
         begin_s = time.monotonic()
-        gradient.handle.wait()
-        if gradient.absent and self._presence:
-            self._counts_handle.wait()
+        group.handle.wait()
         waited_s = time.monotonic() - begin_s
-        gradient.exposed_s += waited_s
+        group.exposed_s += waited_s
         self.exposed_s += waited_s
-        _, started_s, done_s = gradient.handle.times
+        _, started_s, done_s = group.handle.times
         self._spans.append((started_s if started_s >= 0 else done_s, done_s))
-        if gradient.absent and self._presence and not self._counts[gradient.index]:
-            gradient.tensor = None
-        elif not gradient.tensor.is_contiguous():
-            gradient.tensor.copy_(gradient.wire)
-        gradient.handle = gradient.wire = None
-        if gradient.phase is Phase.FLYING:
-            gradient.phase = Phase.REDUCED
+        group.scatter(self._is_wanted)
+        group.handle = None
+        if group.phase is _FLYING:
+            group.phase = _REDUCED
             self.flying -= 1
+
+    def _is_wanted(self, gradient):
+        """Whether a gradient that this rank did not have is to become what the others make of it."""
+        if not gradient.parameter.requires_grad:
+            return False
+        return not self._keeps_none or self._presence.anywhere(gradient.number)
 
     def synchronize(self):
         """Waits for every gradient of this step and leaves the results in p.grad."""
         self.close()
-        for gradient in self.gradients:
-            if gradient.phase is Phase.FLYING:
-                self.check_untouched(gradient)
-                self.wait(gradient)
-                gradient.parameter.grad = gradient.tensor
+        for group in self.groups:
+            if group.phase is _FLYING:
+                for gradient in group.gradients:
+                    self.check_untouched(gradient)
+                self.wait(group)
+                for gradient in group.gradients:
+                    if gradient.absent:
+                        gradient.parameter.grad = gradient.tensor
 
     def claim(self):
         """Takes every gradient of this step out of p.grad; each is still to be waited for."""
         self.close()
-        for gradient in self.gradients:
-            if gradient.phase is Phase.FLYING:
-                self.check_untouched(gradient)
+        for group in self.groups:
+            if group.phase is _FLYING:
+                for gradient in group.gradients:
+                    self.check_untouched(gradient)
+                    gradient.parameter.grad = None
             else:
-                gradient.tensor = gradient.parameter.grad  # whatever the user made of the reduced one
-            gradient.phase = Phase.CLAIMED
-            gradient.parameter.grad = None
+                for gradient in group.gradients:
+                    gradient.tensor = gradient.parameter.grad  # whatever the user made of the reduced one
+                    gradient.parameter.grad = None
+            group.phase = _CLAIMED
         self.flying = 0
         self._closed = False
 
     def rest(self):
         """Forgets gradients that were used, or will not be: the next backward pass starts anew. Claimed ones stay."""
-        for gradient in self.gradients:
-            if gradient.phase is not Phase.CLAIMED:
-                gradient.rest(self.passes)
+        for group in self.groups:
+            if group.phase is not _CLAIMED:
+                group.rest(self.passes)
         self._closed = False
+
+    def check_not_flying(self):
+        """For zero_grad().
+
+        Raises:
+            AssertionError: a gradient is on its way.
+        """
+        if self.flying:
+            raise AssertionError(ZEROED_IN_FLIGHT)
+
+    # ---- order and groups
+
+    def regroup(self):
+        """At the end of a step at which it is due on all ranks, with nothing in flight: new priorities and groups."""
+        self.regroup_due = self._wants = False
+        name = f"{self.prefix}order of {self.gradients[0].name}"
+        agreed = self.first_use.agree(lambda payload: self.communicator.exchange(payload, name=name), len(self.gradients))
+        if not agreed:
+            _log.info("commlib: this rank used parameters in another order than rank 0, whose order gives priority")
+        used = [self.gradients[number] for number in self.first_use.order]
+        known = frozenset(self.first_use.order)
+        ordered = used + [gradient for gradient in self.gradients if gradient.number not in known]
+        for priority, gradient in enumerate(ordered):
+            gradient.priority = priority
+        self._asleep = [gradient for gradient in ordered if not gradient.parameter.requires_grad]
+        exposed_s = {gradient: group.exposed_s for group in self.groups for gradient in group.gradients}
+        for gradient in self._asleep:
+            gradient.group = None
+        self.groups = []
+        awake = [gradient for gradient in ordered if gradient.parameter.requires_grad]
+        for members in members_of_groups(awake, self.first_use.cohorts, self._ladder):
+            self._add_group(members)
+        for group in self.groups:
+            group.exposed_s = max(exposed_s.get(gradient, 0.0) for gradient in group.gradients)
+
+    # ---- what it cost
 
     def take_spans(self):
         """(started_s, done_s) of the operations that were waited for since the last call."""
@@ -284,14 +365,5 @@ class GradientExchange:
         """Begins all measurements anew."""
         self.take_spans()
         self.exposed_s = 0.0
-        for gradient in self.gradients:
-            gradient.exposed_s = 0.0
-
-    def check_not_flying(self):
-        """For zero_grad().
-
-        Raises:
-            AssertionError: a gradient is on its way.
-        """
-        if self.flying:
-            raise AssertionError(ZEROED_IN_FLIGHT)
+        for group in self.groups:
+            group.exposed_s = 0.0

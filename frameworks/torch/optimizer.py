@@ -114,7 +114,7 @@ def wrap(optimizer, exchange, named_parameters, model=None, overlap_forward=True
     whole_step = (lambda: real_class.step(optimizer)) if patched is None or is_schedulers else patched
     if exchange.communicator.size > 1:
         for name, parameter in named_parameters:
-            (exchange.track if parameter.requires_grad else exchange.watch_frozen)(parameter, name)
+            exchange.track(parameter, name)
     if model is None or not exchange.gradients:
         optimizer._commlib = Waiting(optimizer, exchange, whole_step)
     else:

@@ -1,34 +1,112 @@
 """The order of first use: which parameter the forward pass needs first. It becomes the priority, 0 first.
 
-Measured in the first step, told by rank 0 to all ranks, never guessed from the order of registration.
+Backward runs the operations of forward from the last to the first, so a parameter's gradient is complete when backward
+has undone the parameter's first use: the order in which gradients arrive, reversed, is the order of first use. That
+needs no hooks in forward, sees shared weights and blocks chosen at run time, and is the same in every form of the
+optimizer. This file knows lists of numbers; it knows no tensors and no order of registration.
 """
 
 import json
 
 
 class FirstUse:
-    """Remembers the order in which parameters are first used."""
+    """What all ranks agreed on, and what this rank has measured since.
+
+    Attributes:
+        order: numbers of gradients, needed first first. One that was never used on any rank is not in it.
+        cohorts: number -> one text per agreement: which ranks had used it then. Gradients of equal cohorts come together.
+        measured: the order that this rank has measured since the last agreement; empty: nothing new.
+        arrivals: where whoever sees gradients arrive appends their numbers; None: there is nothing to measure.
+    """
 
     def __init__(self):
-        self._order = {}
+        self.order = []
+        self.cohorts = {}
+        self.arrivals = []
+        self._known = frozenset()
+        self.measured = []
 
-    def __call__(self, parameter):
-        self._order.setdefault(parameter, len(self._order))
+    def end_step(self):
+        """Takes over what arrived in one step. Returns True if gradients arrived that have no place in the order."""
+        if not self.arrivals:
+            return False
+        arrivals, self.arrivals = self.arrivals, []
+        if self._known.issuperset(arrivals):
+            return False
+        self.measured = merged(order_of_use(arrivals), self.measured)
+        return True
 
-    def order(self, gradients):
-        """Gradients in order of first use; those never used come last, in order of registration."""
-        never = len(self._order)
-        return sorted(gradients, key=lambda gradient: (self._order.get(gradient.parameter, never), gradient.index))
+    def agree(self, tell_all, count):
+        """Makes one order of all ranks' measurements; every rank calls it at the same step.
+
+        Args:
+            tell_all: tell_all(payload) -> every rank's bytes, in rank order.
+            count: how many gradients there are.
+
+        Returns:
+            True if this rank measured nothing that contradicts the new order.
+        """
+        mine, self.measured = self.measured, []
+        told = [json.loads(payload) for payload in tell_all(json.dumps(mine).encode())]
+        order = []
+        for measured in (*told, self.order):
+            order = merged(order, measured)
+        self.order, self._known = order, frozenset(order)
+        sets = [frozenset(measured) for measured in told]
+        for number in range(count):
+            pattern = "".join(".x"[number in measured] for measured in sets)
+            self.cohorts[number] = f"{self.cohorts.get(number, '')} {pattern}"
+        self.arrivals = [] if len(order) < count else None
+        return mine == [number for number in order if number in frozenset(mine)]
+
+    def add(self):
+        """There is a gradient more, whose place is to be measured."""
+        if self.arrivals is None:
+            self.arrivals = []
 
 
-def agree_on_priorities(communicator, gradients, first_use, name):
-    """Gives every gradient its place in rank 0's order of first use, on all ranks.
+def order_of_use(arrivals):
+    """The order of first use behind a list of arrivals, of one backward pass or of several.
 
-    Returns:
-        True if this rank measured the same order.
+    A number that comes again begins the next pass. The last pass counts; what only earlier ones used joins it.
+
+    Example:
+        >>> order_of_use([2, 1, 0])
+        [0, 1, 2]
+        >>> order_of_use([3, 1, 0, 3, 2, 0])
+        [0, 1, 2, 3]
     """
-    mine = [gradient.index for gradient in first_use.order(gradients)]
-    told = json.loads(communicator.exchange(json.dumps(mine).encode(), name=name)[0])
-    for priority, index in enumerate(told):
-        gradients[index].priority = priority
-    return told == mine
+    passes = [[]]
+    seen = set()
+    for number in arrivals:
+        if number in seen:
+            passes.append([])
+            seen.clear()
+        seen.add(number)
+        passes[-1].append(number)
+    order = []
+    for one in reversed(passes):
+        order = merged(order, one[::-1])
+    return order
+
+
+def merged(first, second):
+    """`first` with the items that only `second` has, each right behind the item that it follows there.
+
+    Example:
+        >>> merged(["stem", "a", "head"], ["early", "stem", "b", "c", "head"])
+        ['early', 'stem', 'b', 'c', 'a', 'head']
+    """
+    placed = set(first)
+    followers = {}
+    anchor = None
+    for item in second:
+        if item in placed:
+            anchor = item
+        else:
+            followers.setdefault(anchor, []).append(item)
+    result = list(followers.get(None, ()))
+    for item in first:
+        result.append(item)
+        result += followers.get(item, ())
+    return result

@@ -1,17 +1,16 @@
 """The form with `model=`: step() returns at once, and each module's forward waits for its own parameters only.
 
-step() claims the gradients, remembers the hyper-parameters and leaves one pending bundle per module. A gate (gates.py)
-opens a bundle when somebody needs its weights: it waits for the bundle's gradients and has the user's own optimizer
-update them, in the thread that waits. Where that would not give the bits of a whole step (probe.py), step() waits
-instead and says so.
+step() claims the gradients, remembers the hyper-parameters and leaves every group of gradients pending. A gate (gates.py)
+opens a group when somebody needs its weights: it waits for the group's gradients and has the user's own optimizer
+update them, in the thread that waits, together with whatever else has come by then. Where that would not give the bits
+of a whole step (probe.py), step() waits instead and says so.
 """
 
 import logging
 import time
 
-from commlib.torch.bundles import bundles_of, group_indices, groups_of, snapshot, step_groups
+from commlib.torch.bundles import as_users_own, group_indices, groups_of, snapshot, step_groups
 from commlib.torch.gates import Gates
-from commlib.torch.order import FirstUse, agree_on_priorities
 from commlib.torch.probe import reason_to_wait
 from commlib.torch.waiting import Waiting
 
@@ -29,26 +28,37 @@ class Overlapping(Waiting):
 
     def __init__(self, optimizer, exchange, whole_step, model, reason=None):
         super().__init__(optimizer, exchange, whole_step)
-        self.bundles = bundles_of(model, exchange.gradients)
-        self._index_of = group_indices(optimizer.param_groups)
+        self.model = model
         self._probed = False
         self._waits = False  # whether every step() is waited for
         self._updating = False
-        bundle_of = {gradient.parameter: b for b in self.bundles if b.gated for gradient in b.gradients}
-        self.gates = Gates(bundle_of, self.open, self._settle, used=FirstUse())
-        self.gates.install(model)
+        self._snapshots = None  # hyper-parameters at the last step()
+        self._index_of = {}
+        self._ungated = set()  # gradients whose parameters are read without anybody noticing
+        self.gates = Gates(self.open, self._settle)
+        self._install_gates()
         if reason is not None:
             self._probed = self._waits = True
             self.fallbacks.append(reason)
-        for bundle in self.bundles:
-            if not bundle.gated:
-                names = ", ".join(gradient.name for gradient in bundle.gradients)
-                self._say(f"these are not parameters of the model: {names}")
 
     @property
     def overlap(self):
         """What communication overlaps with, for people."""
         return "backward" if self._waits else "backward and forward"
+
+    def _install_gates(self):
+        """Puts gates where there are none yet, and finds parameters that cannot have one."""
+        gradients = self.exchange.gradients
+        self._index_of = group_indices(self.optimizer.param_groups)
+        gated = self.gates.install(self.model, {gradient.parameter: gradient for gradient in gradients})
+        outside = [gradient for gradient in gradients if gradient.parameter not in gated]
+        self._ungate(outside, "these are not parameters of the model")
+
+    def _ungate(self, gradients, reason):
+        new = [gradient for gradient in gradients if gradient not in self._ungated]
+        self._ungated.update(new)
+        if new:
+            self._say(f"{reason}: {', '.join(gradient.name for gradient in new)}")
 
     # ---- step
 
@@ -58,32 +68,37 @@ class Overlapping(Waiting):
         self.account()  # of the last step, whose waits came after it
         self.meter.steps += 1
         result = self._put_off() if self._may_put_off() else self._whole()
-        if self.gates.used is not None:
-            self._agree_on_order()
+        if self.exchange.regroup_due:
+            self.finish_updates()
+            self._regroup()
         return result
 
     def _may_put_off(self):
+        if not self.exchange.first_use.cohorts:
+            return False  # the first step: there are no groups yet
         if not self._probed:
-            self._probed = True
-            bundles = [[gradient.parameter for gradient in bundle.gradients] for bundle in self.bundles]
-            reason = reason_to_wait(self.optimizer, self.real_class, bundles)
-            if reason is not None:
-                self._waits = True
-                self._say(f"{self.real_class.__name__}: {reason}")
+            self._probe()
         if self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks:
             self._waits = True
             self._say("the optimizer has step hooks, which see whole steps")
         return not self._waits
 
+    def _probe(self):
+        self._probed = True
+        bundles = [[gradient.parameter for gradient in group.gradients] for group in self.exchange.groups]
+        reason = reason_to_wait(self.optimizer, self.real_class, bundles)
+        if reason is not None:
+            self._waits = True
+            self._say(f"{self.real_class.__name__}: {reason}")
+
     def _put_off(self):
         self.exchange.claim()
-        snapshots = snapshot(self.optimizer.param_groups)
-        for bundle in self.bundles:
-            bundle.groups = groups_of([gradient.parameter for gradient in bundle.gradients], self._index_of, snapshots)
-            self.gates.pending.add(bundle)
-        for bundle in self.bundles:
-            if not bundle.gated:
-                self.open(bundle)
+        self._snapshots = snapshot(self.optimizer.param_groups)
+        self.gates.pending.update(dict.fromkeys(self.exchange.groups))
+        if self._ungated:
+            for group in self.exchange.groups:
+                if not self._ungated.isdisjoint(group.gradients):
+                    self.open(group)
 
     def _whole(self):
         self.exchange.synchronize()
@@ -96,44 +111,63 @@ class Overlapping(Waiting):
                 gradient.parameter.grad = None  # as if put off: zero_grad(set_to_none=False) makes no difference
             self.exchange.rest()
 
-    def _agree_on_order(self):
-        """After the first step: priorities are the order of first use in forward, from the next step on."""
-        gradients = self.exchange.gradients
-        name = f"{self.exchange.prefix}order of {gradients[0].name}"
-        agreed = agree_on_priorities(self.exchange.communicator, gradients, self.gates.used, name)
-        if not agreed:
-            _log.warning("commlib: this rank used parameters in another order than rank 0, whose order gives priority")
-        self.gates.used = None
-        self.bundles.sort(key=lambda bundle: min(gradient.priority for gradient in bundle.gradients))
+    def _regroup(self):
+        """Priorities are the order of first use in forward, and groups follow it, from the next step on."""
+        exchange, read = self.exchange, self.gates.read
+        new = [exchange.gradients[number] for number in exchange.first_use.measured]
+        self._ungate(
+            [gradient for gradient in new if read is not None and gradient.parameter not in read],
+            "these are used outside of their modules' forward",
+        )
+        exchange.regroup()
+        self._install_gates()
+        self.gates.read = set() if exchange.first_use.arrivals is not None else None
+        if not self._waits:
+            self._probed = False
 
     # ---- what is pending
 
-    def open(self, bundle):
-        """Waits for a pending bundle's gradients and updates its parameters."""
+    def open(self, group):
+        """Waits for a pending group and updates its parameters, and those of all that have come by then.
+
+        Updates that are ready have to be made anyway; made together they cost one call of the optimizer.
+        """
         begin_s = time.monotonic()
-        for gradient in bundle.gradients:
-            self.exchange.wait(gradient)
+        self.exchange.wait(group)
+        opened = [group]
+        for other in self.gates.pending:  # in the order of need
+            if other is not group:
+                if other.handle is not None and not other.handle.done():
+                    break
+                self.exchange.wait(other)
+                opened.append(other)
         waited_s = time.monotonic()
-        self.gates.pending.discard(bundle)
-        for gradient in bundle.gradients:
+        for one in opened:
+            del self.gates.pending[one]
+        self._update([gradient for one in opened for gradient in one.gradients])
+        for one in opened:
+            one.rest(self.exchange.passes)
+        self._record(group, begin_s, waited_s)
+
+    def _update(self, gradients):
+        parameters = [gradient.parameter for gradient in gradients]
+        for gradient in gradients:
             gradient.parameter.grad = gradient.tensor
         self._updating = True
         try:
-            step_groups(self.optimizer, self.real_class.step, bundle.groups)
+            with as_users_own(self.optimizer, self.real_class):
+                groups = groups_of(parameters, self._index_of, self._snapshots)
+                step_groups(self.optimizer, self.real_class.step, groups)
         finally:
             self._updating = False
-            bundle.groups = None
-            for gradient in bundle.gradients:
-                gradient.parameter.grad = None
-                gradient.rest(self.exchange.passes)
-        self._record(bundle, begin_s, waited_s)
+            for parameter in parameters:
+                parameter.grad = None
 
     def finish_updates(self):
         """Makes all updates that are still to come, in the order in which forward would have needed them."""
-        if self.gates.pending and not self._updating:
-            for bundle in self.bundles:
-                if bundle in self.gates.pending:
-                    self.open(bundle)
+        if not self._updating:
+            while self.gates.pending:
+                self.open(next(iter(self.gates.pending)))
 
     def synchronize(self):
         """Makes all updates still to come, and waits for all gradients that are on their way."""
@@ -141,7 +175,9 @@ class Overlapping(Waiting):
         self._settle()
 
     def _settle(self):
+        """Gradients are about to be seen: those on their way are waited for."""
         if self.exchange.flying:
+            self.finish_updates()  # of groups that this forward has not needed
             self.exchange.synchronize()
 
     # ---- what people see
@@ -151,8 +187,8 @@ class Overlapping(Waiting):
             self.fallbacks.append(reason)
             _log.warning("commlib waits at step(): %s", reason)
 
-    def _record(self, bundle, begin_s, waited_s):
+    def _record(self, group, begin_s, waited_s):
         timeline = self.exchange.communicator.timeline
         if timeline is not None:
-            timeline.span(f"wait {bundle.name}", "wait", begin_s, waited_s)
-            timeline.span(f"update {bundle.name}", "update", waited_s, time.monotonic())
+            timeline.span(f"wait {group.name}", "wait", begin_s, waited_s)
+            timeline.span(f"update {group.name}", "update", waited_s, time.monotonic())

@@ -68,9 +68,10 @@ def make_report(meter, exchange, overlap, fallbacks):
         tensors={
             gradient.name: {
                 "priority": gradient.priority,
-                "nbytes": gradient.nbytes,
-                "exposed_s": gradient.exposed_s,
+                "nbytes": gradient.parameter.numel() * gradient.parameter.element_size(),
+                "exposed_s": group.exposed_s,
             }
-            for gradient in exchange.gradients
+            for group in exchange.groups
+            for gradient in group.gradients
         },
     )

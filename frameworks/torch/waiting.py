@@ -44,6 +44,8 @@ class Waiting:
         self.synchronized = False
         result = self.whole_step()
         self.exchange.rest()
+        if self.exchange.regroup_due:
+            self.exchange.regroup()
         self.meter.steps += 1
         self.account()
         return result

@@ -15,6 +15,9 @@ class DoubleHandle:
         self.name = name
         self.times = (0.0, 1.0, 2.0)
 
+    def done(self):
+        return self.name not in self.communicator.in_flight
+
     def wait(self, timeout_s=None):
         if self.communicator.forbidden:
             raise AssertionError(f"waited for {self.name!r}, which was not needed")
@@ -35,7 +38,8 @@ class DoubleCommunicator:
         self.in_flight = set()
         self._rank_0_says = rank_0_says
 
-    def allreduce_async_(self, buffer, *, name, op, priority=0, prescale_factor=1.0, postscale_factor=1.0):
+    def allreduce_async_(self, buffer, *, name, op, priority=0, prescale_factor=1.0, postscale_factor=1.0,
+                         overlapped=False):  # fmt: skip
         assert name not in self.in_flight, f"{name!r} is in flight"
         self.in_flight.add(name)
         self.submitted.append((name, priority))
@@ -45,7 +49,7 @@ class DoubleCommunicator:
         return [self._rank_0_says or payload] + [payload] * (self.size - 1)
 
 
-def distribute(optimizer, communicator, model=None, named_parameters=None, overlap_forward=True, **options):
-    """DistributedOptimizer over a double; its initial broadcast is left out."""
-    exchange = GradientExchange(communicator, op=commlib.Average, presence=model is not None, **options)
+def distribute(optimizer, communicator, model=None, named_parameters=None, overlap_forward=True, ladder=None, **options):
+    """DistributedOptimizer over a double; its initial broadcast is left out, and every gradient is a group by itself."""
+    exchange = GradientExchange(communicator, op=commlib.Average, presence=model is not None, ladder=ladder, **options)
     return wrap(optimizer, exchange, named_parameters_of(optimizer, model, named_parameters), model, overlap_forward)

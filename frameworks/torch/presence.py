@@ -1,0 +1,55 @@
+"""Which gradients existed on any rank in a step, and whether a rank wants new groups: one small operation per step.
+
+Nobody waits for it but who needs it: the counts, where this rank had no gradient; the wish, one step later.
+"""
+
+import torch
+
+import commlib
+from commlib.torch.tensors import buffer_of
+
+
+class Presence:
+    """The counts of one step after the other.
+
+    Args:
+        communicator: the core's communicator.
+        name: of the operation.
+    """
+
+    def __init__(self, communicator, name):
+        self._communicator = communicator
+        self._name = name
+        self._counts = self._buffer = self._handle = None
+
+    def wanted(self):
+        """Whether a rank wanted new groups in the last step; its operation is done when that step's gradients are."""
+        return self._handle is not None and bool(self._landed()[-1])
+
+    def send(self, count, absent, wants):
+        """Tells all ranks about this one's step.
+
+        Args:
+            count: how many gradients there are.
+            absent: numbers of those that this rank did not have.
+            wants: whether this rank wants new groups.
+        """
+        self._landed()
+        if self._counts is None or len(self._counts) != count + 1:
+            self._counts = torch.empty(count + 1, dtype=torch.int32)
+            self._buffer = buffer_of(self._counts)
+        self._counts.fill_(1)
+        for number in (*absent, *(() if wants else (count,))):
+            self._counts[number] = 0
+        self._handle = self._communicator.allreduce_async_(
+            self._buffer, name=self._name, op=commlib.Sum, overlapped=True
+        )
+
+    def anywhere(self, number):
+        """Whether any rank had this gradient in the step that was sent last."""
+        return bool(self._landed()[number])
+
+    def _landed(self):
+        if self._handle is not None:
+            self._handle.wait()
+        return self._counts
