@@ -102,12 +102,23 @@ int cl_engine_new(int32_t rank, int32_t size, const cl_settings *settings, cl_en
  * shm, two calls: (1) make this rank's memory, which holds its outgoing rings to all of `npeers` local peers, and hand
  * out its memfd and its doorbell (eventfd), which the caller passes to every peer over a local socket, with its own slot:
  * the peer's index in [0, npeers) inside this memory; (2) attach each peer. The memfd and the doorbell of (1) stay the
- * engine's: pass them on, do not close them; the memfd is closed by cl_engine_start.
+ * engine's: pass them on, do not close them.
  * cl_shm_attach takes ownership of `memfd`, `doorbell` and `pidfd` (pidfd of the peer, -1 if the kernel has none) in every case.
  * `my_slot` is this rank's slot in the peer's memory, `peer_slot` the peer's slot in ours.
  */
 int cl_shm_create(cl_engine *engine, int32_t npeers, int *memfd, int *doorbell);
 int cl_shm_attach(cl_engine *engine, int32_t peer, int memfd, int doorbell, int pidfd, int32_t my_slot, int32_t peer_slot);
+/*
+ * Memory that all ranks of this host map, of at least `nbytes`, allocated, zero and page-aligned: operations on it copy nothing
+ * on their way to those ranks. Out: *block, which may outlive the engine. In a forked child the memory is the parent's,
+ * and cl_shared_free does nothing.
+ * Returns: CL_INVALID without cl_shm_create; CL_NO_MEMORY if there is no memory, or if limits (ulimit -v, -f) forbid a heap.
+ */
+typedef struct cl_shared cl_shared;
+int cl_shared_new(cl_engine *engine, uint64_t nbytes, cl_shared **block);
+void *cl_shared_address(const cl_shared *block);
+/* No operation may be running on it. */
+void cl_shared_free(cl_shared *block);
 /* tcp: takes ownership of a connected socket, in every case. */
 int cl_tcp_attach(cl_engine *engine, int32_t peer, int socket);
 
@@ -237,7 +248,7 @@ typedef struct {
     double beta_s_per_byte;    /* 1 / bandwidth; a rank sends one message at a time and receives one at a time */
     double gamma_s_per_byte;   /* reduction, on the receiver */
 } cl_sim_link;
-typedef enum { CL_SIM_IDLE = 0, CL_SIM_TIMER, CL_SIM_DONE } cl_sim_event;
+typedef enum { CL_SIM_IDLE = 0, CL_SIM_TIMER, CL_SIM_DONE, CL_SIM_NO_MEMORY } cl_sim_event;
 
 /* `size` engines in one process under one virtual clock. hosts[r]: host of rank r; within a host `inside` holds, else `between`. */
 int cl_sim_new(int32_t size, const int32_t *hosts, const cl_sim_link *inside, const cl_sim_link *between,
@@ -250,6 +261,7 @@ int cl_sim_timer(cl_sim *sim, int32_t rank, double at_s, uint64_t token);
 /*
  * Runs until a timer fires or an operation completes. Out: the event's rank; token (timer) or operation key (done).
  * CL_SIM_IDLE: nothing is left to happen; operations still unfinished are stuck for ever.
+ * CL_SIM_NO_MEMORY: the simulation lost an event for want of memory, and cannot go on.
  */
 int cl_sim_next(cl_sim *sim, int32_t *rank, uint64_t *token);
 /* From now on rank is dead: nothing leaves it, and its peers lose it after settings.lost_ms. */

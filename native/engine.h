@@ -183,6 +183,7 @@ typedef struct {
     cl_heap ready;        /* granted sends */
     cl_outgoing_queue told; /* frames of the engine itself, before any data */
     cl_outgoing_queue leaving; /* of these, the ones whose payload the link is reading */
+    bool owes_lost, owes_bye;  /* last words, which follow what is told and need no memory */
     uint64_t posted_nbytes;    /* data accepted by the link and not yet sent */
     uint64_t eager_used;       /* eager bytes on their way */
     uint64_t eager_returnable; /* eager bytes consumed here and not yet given back */
@@ -217,6 +218,7 @@ struct cl_engine {
     bool leaving;
     cl_tickets tickets;
     char health_text[CL_ERROR_NBYTES];
+    const char *health_reason; /* the end of it: why the rank was lost */
     cl_stats stats;
     /* Told of each completion; the simulator's hook, else NULL. */
     void (*on_done)(cl_engine *engine, cl_operation *operation);
@@ -240,9 +242,6 @@ void cl_engine_flush(cl_engine *engine);
 int cl_engine_progress(cl_engine *engine);
 void cl_engine_tick(cl_engine *engine);
 bool cl_engine_has_submissions(cl_engine *engine);
-/* Queues a frame of the engine's own; `payload` is copied. */
-void cl_engine_tell(cl_engine *engine, int32_t peer, const cl_frame *frame, const void *payload);
-void cl_engine_tell_all(cl_engine *engine, const cl_frame *frame, const void *payload);
 void cl_engine_touch(cl_engine *engine, int32_t peer);
 void cl_engine_lost(cl_engine *engine, int32_t rank, const char *reason, bool tell);
 void cl_engine_leave(cl_engine *engine);
@@ -259,7 +258,8 @@ int cl_operation_layout(cl_operation *operation);
 void cl_chunks_of(const cl_operation *operation, uint32_t segment, const cl_step *step, uint64_t *first, uint64_t *count);
 
 /* operation.c: the data path */
-int cl_operation_start(cl_operation *operation);
+/* Fails it everywhere if it cannot start. */
+void cl_operation_start(cl_operation *operation);
 void cl_operation_open_gates(cl_operation *operation);
 void cl_operation_on_post(cl_operation *operation, int32_t peer, const cl_frame *frame);
 void cl_operation_on_grant(cl_operation *operation, int32_t peer, const cl_frame *frame);
@@ -278,7 +278,7 @@ bool cl_operation_awaits(const cl_operation *operation, int32_t peer);
 void cl_operation_complete(cl_operation *operation, int status);
 
 /* control.c: the control plane's links */
-int cl_exchange_start(cl_operation *operation);
+void cl_exchange_start(cl_operation *operation);
 void cl_exchange_on_up(cl_operation *operation, int32_t peer, const uint8_t *data, size_t nbytes);
 void cl_exchange_on_down(cl_operation *operation, const uint8_t *data, size_t nbytes);
 bool cl_exchange_awaits(const cl_operation *operation, int32_t peer);
@@ -304,11 +304,22 @@ void cl_engine_replay(cl_engine *engine, cl_operation *operation);
 void cl_kept_free(cl_kept *kept);
 /* Gives back the eager budget that a frame took. */
 void cl_engine_return_credit(cl_engine *engine, int32_t peer, const cl_frame *frame);
+/* What came for an operation before it could be used gives its eager budget back. */
+void cl_early_drop(cl_engine *engine, uint64_t key);
 void cl_incoming_drop(cl_engine *engine, const cl_operation *operation);
-void cl_outgoing_push(cl_outgoing_queue *queue, cl_outgoing *outgoing);
-cl_outgoing *cl_outgoing_pop(cl_outgoing_queue *queue);
-void cl_outgoing_remove(cl_outgoing_queue *queue, const cl_outgoing *outgoing);
-void cl_outgoing_free(cl_outgoing *outgoing);
+
+/* outgoing.c: frames of the engine's own, before all data */
+/* Queues a frame; `payload` is copied. Without memory for it this engine is lost, and says so. */
+void cl_engine_tell(cl_engine *engine, int32_t peer, const cl_frame *frame, const void *payload);
+void cl_engine_tell_all(cl_engine *engine, const cl_frame *frame, const void *payload);
+/* Gives the link what is queued, then the last words. False: it takes no more now. */
+bool cl_outgoing_pump(cl_engine *engine, cl_peer *peer);
+bool cl_outgoing_waits(const cl_peer *peer);
+/* A frame's payload was sent. */
+void cl_outgoing_sent(cl_peer *peer, const cl_frame *frame);
+/* The link stops touching payloads of this key. */
+void cl_engine_forget(cl_engine *engine, int32_t peer, uint64_t key);
+void cl_outgoing_free_all(cl_peer *peer);
 
 /* thread.c */
 void cl_runtime_completed(cl_operation *operation);
@@ -322,11 +333,12 @@ void cl_runtime_free(cl_engine *engine);
 
 /* shm.c */
 void cl_shm_free(cl_engine *engine);
+/* In a forked child, which has not got the memory: closes its descriptors. */
+void cl_shm_forked(cl_engine *engine);
 /* This rank's "ring my doorbell" flag, which its peers see, and its doorbell; false: there is no shared memory. */
 bool cl_shm_doorbell(cl_engine *engine, atomic_int **sleeping, int *doorbell);
 /* The pidfd of a link's peer, or -1. */
 int cl_shm_pidfd(const cl_link *link);
-void cl_shm_close_memfd(cl_engine *engine);
 /* Wakes whoever sleeps behind a flag, once per sleep. */
 void cl_ring(atomic_int *sleeping, int doorbell);
 

@@ -45,6 +45,15 @@ static void keep_early(cl_engine *engine, cl_kept *kept)
     }
 }
 
+void cl_early_drop(cl_engine *engine, uint64_t key)
+{
+    for (cl_kept *kept = cl_table_take(&engine->early, key), *next; kept != NULL; kept = next) {
+        next = kept->next;
+        cl_engine_return_credit(engine, kept->peer, &kept->frame);
+        cl_kept_free(kept);
+    }
+}
+
 void cl_engine_return_credit(cl_engine *engine, int32_t peer, const cl_frame *frame)
 {
     if (frame->type != CL_FRAME_DATA || !(frame->flags & CL_FLAG_EAGER))
@@ -198,10 +207,16 @@ static uint8_t *begin_keeping(cl_engine *engine, cl_peer *peer, int32_t rank, co
     return peer->keeping->data;
 }
 
+/* Its operation has failed here: known by its key, or, if that is long ago, by the grant that we gave it. */
+static bool is_too_late(const cl_engine *engine, const cl_operation *operation, const cl_frame *frame)
+{
+    return operation == NULL && (!(frame->flags & CL_FLAG_EAGER) || cl_table_get(&engine->failed, frame->key) != NULL);
+}
+
 static uint8_t *begin_data(cl_engine *engine, cl_peer *peer, int32_t rank, const cl_frame *frame)
 {
     cl_operation *operation = cl_engine_find(engine, frame->key);
-    if (operation == NULL && cl_table_get(&engine->failed, frame->key) != NULL)
+    if (is_too_late(engine, operation, frame))
         return NULL;
     if (operation != NULL && !matches(operation, frame)) {
         cl_control_mismatch(operation, rank);
@@ -225,6 +240,9 @@ static void *on_begin(void *owner, cl_link *link, const cl_frame *frame)
     cl_engine *engine = owner;
     cl_peer *peer = &engine->peers[link->peer];
     peer->mode = CL_INCOMING_DISCARD;
+    if (peer->keeping != NULL) /* the frame before it never ended: a revoked one */
+        cl_kept_free(peer->keeping);
+    peer->keeping = NULL;
     engine->stats.received_nbytes += frame->nbytes;
     if (!is_known(frame->type)) {
         protocol_error(engine, link->peer);
@@ -245,7 +263,7 @@ static void on_piece(void *owner, cl_link *link, const cl_frame *frame, size_t o
         memcpy(peer->keeping->data + offset, data, nbytes);
 }
 
-static void end_data(cl_engine *engine, cl_peer *peer, int32_t rank, const cl_frame *frame, cl_kept *kept)
+static void end_data(cl_engine *engine, int32_t rank, const cl_frame *frame, cl_kept *kept)
 {
     if (kept == NULL) {
         cl_engine_return_credit(engine, rank, frame);
@@ -253,11 +271,14 @@ static void end_data(cl_engine *engine, cl_peer *peer, int32_t rank, const cl_fr
     }
     engine->stats.eager_kept += (frame->flags & CL_FLAG_EAGER) != 0;
     cl_operation *operation = cl_engine_find(engine, frame->key);
-    if (can_handle(operation, frame))
+    if (can_handle(operation, frame)) {
         dispatch(engine, operation, kept);
-    else
+    } else if (is_too_late(engine, operation, frame)) { /* it failed while this came in */
+        cl_engine_return_credit(engine, rank, frame);
+        cl_kept_free(kept);
+    } else {
         keep_early(engine, kept);
-    (void)peer;
+    }
 }
 
 static void end_applied(cl_engine *engine, cl_peer *peer, int32_t rank, const cl_frame *frame)
@@ -317,7 +338,7 @@ static void on_end(void *owner, cl_link *link, const cl_frame *frame)
     peer->mode = CL_INCOMING_DISCARD;
     switch (frame->type) {
     case CL_FRAME_DATA:
-        end_data(engine, peer, link->peer, frame, kept);
+        end_data(engine, link->peer, frame, kept);
         return;
     case CL_FRAME_CREDIT:
         peer->eager_used -= frame->arg < peer->eager_used ? frame->arg : peer->eager_used;
@@ -345,9 +366,7 @@ static void on_sent(void *owner, cl_link *link, const cl_frame *frame)
     cl_engine *engine = owner;
     cl_peer *peer = &engine->peers[link->peer];
     if (frame->type != CL_FRAME_DATA) {
-        cl_outgoing *outgoing = (cl_outgoing *)(uintptr_t)frame->token;
-        cl_outgoing_remove(&peer->leaving, outgoing);
-        cl_outgoing_free(outgoing);
+        cl_outgoing_sent(peer, frame);
         return;
     }
     cl_operation *operation = (cl_operation *)(uintptr_t)frame->token;
@@ -371,8 +390,7 @@ void cl_incoming_drop(cl_engine *engine, const cl_operation *operation)
         if (engine->peers[r].mode == CL_INCOMING_APPLY && engine->peers[r].operation == operation) {
             engine->peers[r].mode = CL_INCOMING_DISCARD;
             engine->peers[r].operation = NULL;
-            if (engine->peers[r].link != NULL)
-                engine->peers[r].link->transport->forget(engine->peers[r].link, operation->request.key);
+            cl_engine_forget(engine, r, operation->request.key);
         }
 }
 

@@ -1,52 +1,41 @@
 /*
  * shm.c: frames through shared memory, between ranks of one host.
  *
- * Every rank owns one anonymous memory (a memfd, allocated before use: no SIGBUS later), with one ring per peer, which it
- * writes and the peer reads. A ring is a stream of frames, each followed by its payload padded to 64 bytes; the reader
- * adds straight out of the ring. Positions only grow; each is written by one side.
+ * Every rank owns one anonymous memory (shm.h), with one ring per peer, which it writes and the peer reads. A ring is a
+ * stream of frames, each followed by its payload padded to 64 bytes; the reader adds straight out of the ring. Positions
+ * only grow; each is written by one side. Payload that already lies in shared memory is not copied: a reference to it
+ * follows the frame, and the reader adds straight out of the sender's array.
  *
  * Sleeping: a rank that is about to block sets its flag, then looks once more; who finds the flag set after publishing
  * takes it down and rings the doorbell. The two orders are sequentially consistent, so one of the two always sees the other.
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
-#include <stdalign.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "engine.h"
+#include "shm.h"
 
 enum {
-    PAGE = 4096,
-    LINE = 64,
     /* Published at a time: the reader adds one part from its cache while the writer copies the next. */
-    PART_NBYTES = 32 * 1024
+    PART_NBYTES = 32 * 1024,
+    /* Payload that lies in the shared heap goes by reference from this size on; below, a copy costs less than the wait. */
+    REFERENCE_NBYTES = 4096,
+    MAX_REFERENCES = 64 /* by reference and not yet read, per link */
 };
 
+/* What stands in the ring behind the header of a frame whose payload goes by reference. */
 typedef struct {
-    alignas(LINE) atomic_int sleeping;
-} memory_header;
+    uint64_t offset;    /* of the payload in the sender's memory */
+    atomic_int revoked; /* the sender wants its memory back: what was read of it is worthless */
+} reference;
 
-typedef struct {
-    alignas(LINE) _Atomic uint64_t head; /* written by the writer */
-    alignas(LINE) _Atomic uint64_t tail; /* written by the reader */
-    alignas(LINE) atomic_int wants_room; /* the writer sleeps until the reader has read on */
-} ring_header;
-
-_Static_assert(sizeof(memory_header) <= PAGE && sizeof(ring_header) <= PAGE, "headers fit in their pages");
-
-struct cl_shm {
-    uint8_t *memory;
-    size_t nbytes;
-    int memfd, doorbell;
-};
+_Static_assert(sizeof(reference) <= CL_LINE, "a reference takes one line");
 
 typedef struct {
-    ring_header *header;
+    cl_ring_header *header;
     uint8_t *data;
     uint64_t mask; /* size - 1 */
     uint64_t head, tail; /* what we know of both */
@@ -54,6 +43,7 @@ typedef struct {
 
 typedef struct {
     cl_link base;
+    const struct cl_shm *shm; /* ours: the engine frees it after its links */
     uint8_t *peer_memory;
     size_t peer_nbytes;
     atomic_int *peer_sleeping;
@@ -66,25 +56,22 @@ typedef struct {
     const uint8_t *out_payload;
     uint8_t *out_copy;   /* owned: what forget() saved */
     size_t out_offset;
+    struct {
+        cl_frame frame;
+        reference *place; /* in the ring, until the reader has passed `end` */
+        uint64_t end;
+        bool forgotten;
+    } references[MAX_REFERENCES];
+    uint32_t first_reference, nreferences;
     bool receiving;
     cl_frame in_frame;
     size_t in_offset;
 } shm_link;
 
-static size_t slot_nbytes(const cl_engine *engine)
-{
-    return PAGE + (size_t)engine->settings.shm_ring_nbytes;
-}
-
-static size_t memory_nbytes(const cl_engine *engine, int32_t npeers)
-{
-    return PAGE + (size_t)npeers * slot_nbytes(engine);
-}
-
 static ring ring_at(const cl_engine *engine, uint8_t *memory, int32_t slot)
 {
-    uint8_t *base = memory + PAGE + (size_t)slot * slot_nbytes(engine);
-    return (ring){(ring_header *)base, base + PAGE, engine->settings.shm_ring_nbytes - 1, 0, 0};
+    uint8_t *base = memory + cl_shm_slot_offset(engine, slot);
+    return (ring){(cl_ring_header *)base, base + CL_PAGE, engine->settings.shm_ring_nbytes - 1, 0, 0};
 }
 
 void cl_ring(atomic_int *sleeping, int doorbell)
@@ -100,7 +87,7 @@ void cl_ring(atomic_int *sleeping, int doorbell)
 
 static size_t padded(size_t nbytes)
 {
-    return (nbytes + LINE - 1) & ~(size_t)(LINE - 1);
+    return (nbytes + CL_LINE - 1) & ~(size_t)(CL_LINE - 1);
 }
 
 static size_t room(ring *r)
@@ -143,7 +130,7 @@ static int write_payload(shm_link *link)
         size_t free_nbytes = room(&link->out);
         size_t take = left < PART_NBYTES ? left : PART_NBYTES;
         take = take < span ? take : span;
-        take = take < free_nbytes ? take : free_nbytes; /* both are multiples of LINE, so a short part is too */
+        take = take < free_nbytes ? take : free_nbytes; /* both are multiples of CL_LINE, so a short part is too */
         if (take == 0)
             break;
         memcpy(link->out.data + at, link->out_payload + link->out_offset, take);
@@ -156,15 +143,67 @@ static int write_payload(shm_link *link)
     return parts;
 }
 
-static int shm_send(cl_link *base, const cl_frame *frame, const void *payload)
+static bool in_heap(const shm_link *link, const void *payload, size_t nbytes)
 {
-    shm_link *link = (shm_link *)base;
-    if (link->sending || link->broken || room(&link->out) < LINE) {
+    uintptr_t at = (uintptr_t)payload, memory = (uintptr_t)link->shm->memory;
+    return at >= memory + link->shm->heap_offset && at + nbytes <= memory + link->shm->nbytes;
+}
+
+/* The reader takes the payload from where it lies; `sent` follows when it has. */
+static int send_reference(shm_link *link, const cl_frame *frame, const void *payload)
+{
+    if (link->nreferences == MAX_REFERENCES || room(&link->out) < 2 * CL_LINE) {
         link->refused = true;
         return CL_AGAIN;
     }
-    memcpy(link->out.data + (link->out.head & link->out.mask), frame, sizeof *frame);
-    publish(&link->out, LINE);
+    uint8_t *header = link->out.data + (link->out.head & link->out.mask);
+    reference *place = (reference *)(link->out.data + ((link->out.head + CL_LINE) & link->out.mask));
+    memcpy(header, frame, sizeof *frame);
+    ((cl_frame *)header)->reserved = 1;
+    place->offset = (uint64_t)((const uint8_t *)payload - link->shm->memory);
+    atomic_init(&place->revoked, 0);
+    publish(&link->out, 2 * CL_LINE);
+    uint32_t slot = (link->first_reference + link->nreferences++) % MAX_REFERENCES;
+    link->references[slot].frame = *frame;
+    link->references[slot].place = place;
+    link->references[slot].end = link->out.head;
+    link->references[slot].forgotten = false;
+    wake_peer(link);
+    return CL_OK;
+}
+
+/* Reports the references that the reader has passed. Returns how many. */
+static int finish_references(shm_link *link)
+{
+    int finished = 0;
+    if (link->nreferences == 0)
+        return 0;
+    link->out.tail = atomic_load_explicit(&link->out.header->tail, memory_order_acquire);
+    while (link->nreferences > 0 && link->references[link->first_reference].end <= link->out.tail) {
+        cl_frame frame = link->references[link->first_reference].frame;
+        bool forgotten = link->references[link->first_reference].forgotten;
+        link->first_reference = (link->first_reference + 1) % MAX_REFERENCES;
+        link->nreferences--;
+        finished++;
+        if (!forgotten)
+            link->base.sink->sent(link->base.owner, &link->base, &frame);
+    }
+    return finished;
+}
+
+static int shm_send(cl_link *base, const cl_frame *frame, const void *payload)
+{
+    shm_link *link = (shm_link *)base;
+    if (frame->nbytes >= REFERENCE_NBYTES && !link->sending && !link->broken && in_heap(link, payload, frame->nbytes))
+        return send_reference(link, frame, payload);
+    if (link->sending || link->broken || room(&link->out) < CL_LINE) {
+        link->refused = true;
+        return CL_AGAIN;
+    }
+    uint8_t *header = link->out.data + (link->out.head & link->out.mask);
+    memcpy(header, frame, sizeof *frame);
+    ((cl_frame *)header)->reserved = 0;
+    publish(&link->out, CL_LINE);
     if (frame->nbytes > 0) {
         link->sending = true;
         link->out_frame = *frame;
@@ -187,7 +226,7 @@ static void consume(ring *r, size_t nbytes)
 static void read_frame(shm_link *link)
 {
     memcpy(&link->in_frame, link->in.data + (link->in.tail & link->in.mask), sizeof link->in_frame);
-    consume(&link->in, LINE);
+    consume(&link->in, CL_LINE);
     link->receiving = true;
     link->in_offset = 0;
     (void)link->base.sink->begin(link->base.owner, &link->base, &link->in_frame); /* pieces are taken from the ring */
@@ -210,6 +249,23 @@ static bool read_payload(shm_link *link)
     return true;
 }
 
+/*
+ * The payload is read where it lies in the peer's memory. If the peer wanted it back meanwhile, the frame is never ended:
+ * the operation is failing over there, and word of it follows. The exchange keeps the reads before it.
+ */
+static bool read_reference(shm_link *link)
+{
+    reference *place = (reference *)(link->in.data + (link->in.tail & link->in.mask));
+    size_t nbytes = link->in_frame.nbytes;
+    bool sound = place->offset <= link->peer_nbytes && nbytes <= link->peer_nbytes - place->offset;
+    if (sound && !atomic_load(&place->revoked))
+        link->base.sink->piece(link->base.owner, &link->base, &link->in_frame, 0, link->peer_memory + place->offset, nbytes);
+    bool whole = sound && !atomic_fetch_or(&place->revoked, 0);
+    link->in_offset = nbytes;
+    consume(&link->in, CL_LINE);
+    return whole;
+}
+
 /* One frame at most is finished per call, so that a busy peer does not starve the others. */
 static int read_some(shm_link *link)
 {
@@ -221,10 +277,15 @@ static int read_some(shm_link *link)
         read_frame(link);
         events++;
     }
+    bool whole = true;
+    if (link->in_frame.reserved && link->in_frame.nbytes > 0)
+        whole = read_reference(link);
     while (link->in_offset < link->in_frame.nbytes && read_payload(link))
         events++;
     if (link->in_offset == link->in_frame.nbytes) {
         link->receiving = false;
+        if (!whole)
+            return events;
         link->base.sink->end(link->base.owner, &link->base, &link->in_frame);
     }
     return events;
@@ -239,8 +300,8 @@ static int shm_progress(cl_link *base)
         return 0;
     }
     int written = link->sending ? write_payload(link) : 0;
-    int events = written + read_some(link);
-    if (link->refused && room(&link->out) >= LINE && !link->sending) {
+    int events = written + finish_references(link) + read_some(link);
+    if (link->refused && room(&link->out) >= CL_LINE && !link->sending) {
         link->refused = false;
         events++;
     }
@@ -257,7 +318,7 @@ static int shm_progress(cl_link *base)
 static int shm_arm(cl_link *base)
 {
     shm_link *link = (shm_link *)base;
-    bool wants = link->sending || link->refused;
+    bool wants = link->sending || link->refused || link->nreferences > 0;
     if (wants)
         atomic_store(&link->out.header->wants_room, 1);
     if (atomic_load(&link->in.header->head) != link->in.tail)
@@ -265,7 +326,11 @@ static int shm_arm(cl_link *base)
     if (!wants)
         return CL_OK;
     link->out.tail = atomic_load(&link->out.header->tail);
-    return link->out.head - link->out.tail > link->out.mask + 1 - LINE ? CL_OK : CL_AGAIN;
+    if (link->nreferences > 0 && link->references[link->first_reference].end <= link->out.tail)
+        return CL_AGAIN;
+    if (!link->sending && !link->refused)
+        return CL_OK;
+    return link->out.head - link->out.tail > link->out.mask + 1 - CL_LINE ? CL_OK : CL_AGAIN;
 }
 
 static void shm_disarm(cl_link *base)
@@ -287,9 +352,21 @@ int cl_shm_pidfd(const cl_link *link)
 
 /* ---- ends ---------------------------------------------------------------------------------------------------- */
 
+static void revoke_references(shm_link *link, uint64_t key)
+{
+    for (uint32_t i = 0; i < link->nreferences; i++) {
+        uint32_t slot = (link->first_reference + i) % MAX_REFERENCES;
+        if (link->references[slot].frame.key != key)
+            continue;
+        atomic_store(&link->references[slot].place->revoked, 1);
+        link->references[slot].forgotten = true;
+    }
+}
+
 static void shm_forget(cl_link *base, uint64_t key)
 {
     shm_link *link = (shm_link *)base;
+    revoke_references(link, key);
     if (!link->sending || link->out_copy != NULL || link->out_frame.key != key)
         return;
     size_t left = link->out_frame.nbytes - link->out_offset;
@@ -309,7 +386,7 @@ static void shm_forget(cl_link *base, uint64_t key)
 static size_t shm_pending(const cl_link *base)
 {
     const shm_link *link = (const shm_link *)base;
-    return link->sending ? link->out_frame.nbytes - link->out_offset : 0;
+    return link->nreferences + (link->sending ? link->out_frame.nbytes - link->out_offset : 0);
 }
 
 static void close_descriptors(shm_link *link)
@@ -349,56 +426,21 @@ const cl_transport cl_shm_transport = {
 
 /* ---- making -------------------------------------------------------------------------------------------------- */
 
-/* Maps shared memory that a forked child does not get: it could neither use it nor must keep it alive. */
-static uint8_t *map_shared(int memfd, size_t nbytes)
-{
-    uint8_t *memory = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
-    if (memory == MAP_FAILED)
-        return NULL;
-    (void)madvise(memory, nbytes, MADV_DONTFORK);
-    return memory;
-}
-
-int cl_shm_create(cl_engine *engine, int32_t npeers, int *memfd, int *doorbell)
-{
-    if (engine->shm != NULL || npeers < 1 || npeers >= engine->size)
-        return CL_INVALID;
-    struct cl_shm *shm = calloc(1, sizeof(struct cl_shm));
-    if (shm == NULL)
-        return CL_NO_MEMORY;
-    *shm = (struct cl_shm){NULL, memory_nbytes(engine, npeers), -1, -1};
-    engine->shm = shm;
-    shm->doorbell = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    shm->memfd = memfd_create("commlib", MFD_CLOEXEC);
-    if (shm->doorbell < 0 || shm->memfd < 0)
-        return CL_SYSTEM;
-    int failed = posix_fallocate(shm->memfd, 0, (off_t)shm->nbytes);
-    if (failed != 0) {
-        errno = failed;
-        return failed == ENOSPC || failed == ENOMEM ? CL_NO_MEMORY : CL_SYSTEM;
-    }
-    shm->memory = map_shared(shm->memfd, shm->nbytes);
-    if (shm->memory == NULL)
-        return CL_NO_MEMORY;
-    *memfd = shm->memfd;
-    *doorbell = shm->doorbell;
-    return CL_OK;
-}
-
 static int attach(cl_engine *engine, shm_link *link, int32_t peer, int memfd, int32_t my_slot, int32_t peer_slot)
 {
     off_t length = lseek(memfd, 0, SEEK_END);
     bool sound = peer >= 0 && peer < engine->size && peer != engine->rank && engine->peers[peer].link == NULL &&
                  engine->shm != NULL && engine->shm->memory != NULL && my_slot >= 0 && peer_slot >= 0 &&
-                 memory_nbytes(engine, peer_slot + 1) <= engine->shm->nbytes && length > 0 &&
-                 memory_nbytes(engine, my_slot + 1) <= (size_t)length;
+                 cl_shm_slot_offset(engine, peer_slot + 1) <= engine->shm->heap_offset && length > 0 &&
+                 cl_shm_slot_offset(engine, my_slot + 1) <= (size_t)length;
     if (!sound)
         return CL_INVALID;
     link->peer_nbytes = (size_t)length;
-    link->peer_memory = map_shared(memfd, link->peer_nbytes);
+    link->shm = engine->shm;
+    link->peer_memory = cl_shm_map(memfd, link->peer_nbytes, link->peer_nbytes);
     if (link->peer_memory == NULL)
         return CL_NO_MEMORY;
-    link->peer_sleeping = &((memory_header *)link->peer_memory)->sleeping;
+    link->peer_sleeping = &((cl_memory_header *)link->peer_memory)->sleeping;
     link->out = ring_at(engine, engine->shm->memory, peer_slot);
     link->in = ring_at(engine, link->peer_memory, my_slot);
     return CL_OK;
@@ -424,34 +466,4 @@ int cl_shm_attach(cl_engine *engine, int32_t peer, int memfd, int doorbell, int 
     link->base.transport = &cl_shm_transport;
     cl_engine_attach(engine, peer, &link->base);
     return CL_OK;
-}
-
-bool cl_shm_doorbell(cl_engine *engine, atomic_int **sleeping, int *doorbell)
-{
-    if (engine->shm == NULL || engine->shm->memory == NULL)
-        return false;
-    *sleeping = &((memory_header *)engine->shm->memory)->sleeping;
-    *doorbell = engine->shm->doorbell;
-    return true;
-}
-
-void cl_shm_close_memfd(cl_engine *engine)
-{
-    if (engine->shm != NULL && engine->shm->memfd >= 0) {
-        close(engine->shm->memfd);
-        engine->shm->memfd = -1;
-    }
-}
-
-void cl_shm_free(cl_engine *engine)
-{
-    if (engine->shm == NULL)
-        return;
-    cl_shm_close_memfd(engine);
-    if (engine->shm->doorbell >= 0)
-        close(engine->shm->doorbell);
-    if (engine->shm->memory != NULL)
-        munmap(engine->shm->memory, engine->shm->nbytes);
-    free(engine->shm);
-    engine->shm = NULL;
 }

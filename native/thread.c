@@ -30,7 +30,8 @@ enum {
 };
 
 struct cl_runtime {
-    atomic_int lock;
+    atomic_int lock;   /* who holds it owns the engine */
+    atomic_int ending; /* held through the whole of a shutdown */
     atomic_int *sleeping;
     atomic_int own_sleeping; /* used where there is no shared memory */
     int doorbell, own_doorbell, epoll;
@@ -69,25 +70,43 @@ void cl_futex_wake(atomic_int *word)
     futex(word, FUTEX_WAKE, INT_MAX, NULL);
 }
 
-static bool try_lock(struct cl_runtime *runtime)
+static bool try_lock(atomic_int *word)
 {
     int expected = LOCK_FREE;
-    return atomic_compare_exchange_strong_explicit(&runtime->lock, &expected, LOCK_HELD, memory_order_acquire,
+    return atomic_compare_exchange_strong_explicit(word, &expected, LOCK_HELD, memory_order_acquire,
                                                    memory_order_relaxed);
 }
 
-static void lock(struct cl_runtime *runtime)
+static void lock(atomic_int *word)
 {
-    if (try_lock(runtime))
+    if (try_lock(word))
         return;
-    while (atomic_exchange_explicit(&runtime->lock, LOCK_WANTED, memory_order_acquire) != LOCK_FREE)
-        futex(&runtime->lock, FUTEX_WAIT, LOCK_WANTED, NULL);
+    while (atomic_exchange_explicit(word, LOCK_WANTED, memory_order_acquire) != LOCK_FREE)
+        futex(word, FUTEX_WAIT, LOCK_WANTED, NULL);
 }
 
-static void unlock(struct cl_runtime *runtime)
+static void unlock(atomic_int *word)
 {
-    if (atomic_exchange_explicit(&runtime->lock, LOCK_FREE, memory_order_release) == LOCK_WANTED)
-        futex(&runtime->lock, FUTEX_WAKE, 1, NULL);
+    if (atomic_exchange_explicit(word, LOCK_FREE, memory_order_release) == LOCK_WANTED)
+        futex(word, FUTEX_WAKE, 1, NULL);
+}
+
+/* Without a thread the caller is alone; in a forked child the parent's owner will never unlock. */
+static bool is_shared(const cl_engine *engine)
+{
+    return engine->runtime != NULL && !atomic_load_explicit(&engine->forked, memory_order_relaxed);
+}
+
+static void own(cl_engine *engine)
+{
+    if (is_shared(engine))
+        lock(&engine->runtime->lock);
+}
+
+static void disown(cl_engine *engine)
+{
+    if (is_shared(engine))
+        unlock(&engine->runtime->lock);
 }
 
 static void ring_own(struct cl_runtime *runtime)
@@ -224,13 +243,13 @@ static void *run(void *argument)
     bool quiet = false;
     while (!atomic_load_explicit(&runtime->stopping, memory_order_acquire)) {
         int count = epoll_wait(runtime->epoll, events, MAX_EVENTS, quiet ? sleep_ms(engine) : 0);
-        lock(runtime);
+        own(engine);
         disarm(engine);
         for (int i = 0; i < count; i++)
             on_event(engine, (int64_t)events[i].data.u64);
         drive(engine, NULL, 1e300);
         quiet = arm(engine);
-        unlock(runtime);
+        disown(engine);
     }
     return NULL;
 }
@@ -271,19 +290,22 @@ static int start_thread(cl_engine *engine)
     return failed == 0 ? CL_OK : CL_SYSTEM;
 }
 
-static void close_descriptors(struct cl_runtime *runtime)
+static void close_descriptor(int *descriptor)
 {
-    if (runtime != NULL && runtime->epoll >= 0)
-        close(runtime->epoll);
-    if (runtime != NULL && runtime->own_doorbell >= 0)
-        close(runtime->own_doorbell);
+    if (*descriptor >= 0)
+        close(*descriptor);
+    *descriptor = -1;
 }
 
 void cl_runtime_free(cl_engine *engine)
 {
-    if (engine->runtime != NULL)
-        free(engine->runtime->interest);
-    free(engine->runtime);
+    struct cl_runtime *runtime = engine->runtime;
+    if (runtime == NULL)
+        return;
+    close_descriptor(&runtime->epoll);
+    close_descriptor(&runtime->own_doorbell); /* not before: who submits after the end may still ring */
+    free(runtime->interest);
+    free(runtime);
     engine->runtime = NULL;
 }
 
@@ -301,7 +323,6 @@ int cl_engine_start(cl_engine *engine)
         runtime->sleeping = &runtime->own_sleeping;
         runtime->doorbell = runtime->own_doorbell = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     }
-    cl_shm_close_memfd(engine);
     engine->runtime = runtime;
     int status = runtime->epoll < 0 || runtime->doorbell < 0 ? CL_SYSTEM : CL_OK;
     if (runtime->interest == NULL)
@@ -311,7 +332,6 @@ int cl_engine_start(cl_engine *engine)
     if (status == CL_OK)
         status = start_thread(engine);
     if (status != CL_OK) {
-        close_descriptors(runtime);
         cl_runtime_free(engine);
         return status;
     }
@@ -324,11 +344,9 @@ int cl_engine_start(cl_engine *engine)
 /* After the end nobody owns the engine: who still submits makes the operation fail himself. */
 static void fail_submissions(cl_engine *engine)
 {
-    if (engine->runtime != NULL)
-        lock(engine->runtime);
+    own(engine);
     cl_engine_flush(engine);
-    if (engine->runtime != NULL)
-        unlock(engine->runtime);
+    disown(engine);
 }
 
 int cl_submit(cl_engine *engine, const cl_request *request, cl_operation **out)
@@ -355,15 +373,16 @@ int cl_operation_ready(cl_operation *operation, uint32_t first, uint32_t end)
 {
     if (!operation->request.gated || first > end || end > operation->nsegments)
         return CL_INVALID;
+    bool forked = !atomic_load(&operation->done) && atomic_load_explicit(&operation->engine->forked, memory_order_relaxed);
     cl_operation_open(operation, first, end);
-    return CL_OK;
+    return forked ? CL_FORKED : CL_OK;
 }
 
 void cl_operation_open(cl_operation *operation, uint32_t first, uint32_t end)
 {
     cl_engine *engine = operation->engine;
-    if (atomic_load(&operation->done))
-        return;
+    if (atomic_load(&operation->done) || atomic_load_explicit(&engine->forked, memory_order_relaxed))
+        return; /* a forked child has no doorbell, and the memory of its flag is not its own */
     for (uint32_t s = first; s < end; s++)
         atomic_store_explicit(&operation->gates[s], 1, memory_order_release);
     if (atomic_exchange(&operation->gate_queued, 1) == 0) {
@@ -397,17 +416,21 @@ static void sleep_until_done(cl_operation *operation, double left_s)
 /* Moves data as the owner, if nobody else does. */
 static void help(cl_engine *engine, const cl_operation *operation, double deadline_s)
 {
-    if (!try_lock(engine->runtime))
+    if (!try_lock(&engine->runtime->lock)) {
+        /* The owner may be past its last look at what was submitted lazily, and nobody has rung for it. */
+        if (cl_engine_has_submissions(engine))
+            engine->wake(engine);
         return;
+    }
     if (atomic_load(&engine->ended)) {
-        unlock(engine->runtime);
+        disown(engine);
         return;
     }
     disarm(engine);
     drive(engine, operation, deadline_s);
     if (!arm(engine))
         ring_own(engine->runtime);
-    unlock(engine->runtime);
+    disown(engine);
 }
 
 int cl_operation_wait(cl_operation *operation, int32_t timeout_ms)
@@ -466,39 +489,33 @@ void cl_operation_times(cl_operation *operation, double *submitted, double *star
 
 int cl_engine_health(cl_engine *engine, const char **text, int32_t *peer)
 {
-    if (engine->runtime != NULL)
-        lock(engine->runtime);
+    own(engine);
     *text = engine->health_text;
     *peer = engine->blamed;
     int health = engine->health;
-    if (engine->runtime != NULL)
-        unlock(engine->runtime);
+    disown(engine);
     return health;
 }
 
 void cl_engine_stats(cl_engine *engine, cl_stats *stats)
 {
-    if (engine->runtime != NULL)
-        lock(engine->runtime);
+    own(engine);
     *stats = engine->stats;
-    if (engine->runtime != NULL)
-        unlock(engine->runtime);
+    disown(engine);
 }
 
 void cl_engine_fail(cl_engine *engine, const char *text)
 {
     if (atomic_load_explicit(&engine->forked, memory_order_relaxed))
         return;
-    if (engine->runtime != NULL)
-        lock(engine->runtime);
+    own(engine);
     if (!atomic_load(&engine->ended)) {
         cl_engine_lost(engine, engine->rank, text, true);
         cl_engine_flush(engine);
         if (engine->runtime != NULL)
             ring_own(engine->runtime); /* what did not leave yet is the thread's */
     }
-    if (engine->runtime != NULL)
-        unlock(engine->runtime);
+    disown(engine);
 }
 
 /* ---- the end ------------------------------------------------------------------------------------------------- */
@@ -511,43 +528,51 @@ static void flush_links(cl_engine *engine, double deadline_s)
             nanosleep(&pause, NULL); /* only at the end of a life: not worth arming */
 }
 
-int cl_engine_shutdown(cl_engine *engine, int32_t linger_ms)
+static void stop_thread(struct cl_runtime *runtime)
 {
-    struct cl_runtime *runtime = engine->runtime;
-    if (atomic_load_explicit(&engine->forked, memory_order_relaxed))
-        return CL_FORKED;
-    if (atomic_load(&engine->ended))
-        return CL_OK;
-    if (runtime != NULL)
-        lock(runtime);
+    atomic_store(&runtime->stopping, 1);
+    ring_own(runtime);
+    pthread_join(runtime->thread, NULL);
+    runtime->running = false;
+}
+
+static void end(cl_engine *engine, int32_t linger_ms)
+{
+    own(engine);
     cl_engine_leave(engine);
-    flush_links(engine, cl_engine_now(engine) + 1e-3 * linger_ms);
-    if (runtime != NULL) {
-        atomic_store(&runtime->stopping, 1);
-        unlock(runtime);
-        if (runtime->running)
-            ring_own(runtime);
-        if (runtime->running)
-            pthread_join(runtime->thread, NULL);
-    }
-    if (runtime != NULL)
-        lock(runtime);
+    if (engine->driver == NULL) /* a virtual clock stands still here, and its network delivers without us */
+        flush_links(engine, cl_engine_now(engine) + 1e-3 * linger_ms);
+    disown(engine);
+    if (engine->runtime != NULL && engine->runtime->running)
+        stop_thread(engine->runtime);
+    own(engine);
     cl_engine_close_links(engine);
-    close_descriptors(runtime);
     atomic_store(&engine->ended, 1);
     cl_engine_flush(engine); /* what was submitted meanwhile fails */
-    if (runtime != NULL)
-        unlock(runtime);
+    disown(engine);
+}
+
+int cl_engine_shutdown(cl_engine *engine, int32_t linger_ms)
+{
+    if (atomic_load_explicit(&engine->forked, memory_order_relaxed))
+        return CL_FORKED;
+    if (engine->runtime != NULL)
+        lock(&engine->runtime->ending); /* who comes second returns when the first is done */
+    if (!atomic_load(&engine->ended))
+        end(engine, linger_ms);
+    if (engine->runtime != NULL)
+        unlock(&engine->runtime->ending);
     return CL_OK;
 }
 
 void cl_engine_forked(cl_engine *engine)
 {
     atomic_store(&engine->forked, 1);
-    if (engine->runtime != NULL)
-        close(engine->runtime->epoll);
-    if (engine->runtime != NULL && engine->runtime->own_doorbell >= 0)
-        close(engine->runtime->own_doorbell);
+    if (engine->runtime != NULL) {
+        close_descriptor(&engine->runtime->epoll);
+        close_descriptor(&engine->runtime->own_doorbell);
+    }
+    cl_shm_forked(engine);
     for (int32_t r = 0; r < engine->size; r++)
         if (engine->peers[r].link != NULL)
             engine->peers[r].link->transport->forked(engine->peers[r].link);

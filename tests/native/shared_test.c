@@ -1,0 +1,151 @@
+/* shared_test.c: arrays in memory that all ranks of a host map: lent out, summed without copies, taken back at any time. */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <string.h>
+
+#include "world.h"
+
+enum { BLOCKS = 40, ROUNDS = 400, OPERATIONS = 30 };
+
+typedef struct {
+    world *w;
+    int32_t rank;
+    uint64_t seed;
+} rank_arguments;
+
+static void on_all_ranks(world *w, uint64_t seed, void *(*body)(void *))
+{
+    pthread_t threads[MAX_RANKS];
+    rank_arguments arguments[MAX_RANKS];
+    for (int32_t r = 0; r < w->size; r++) {
+        arguments[r] = (rank_arguments){w, r, seed};
+        CHECK(pthread_create(&threads[r], NULL, body, &arguments[r]) == 0);
+    }
+    for (int32_t r = 0; r < w->size; r++)
+        pthread_join(threads[r], NULL);
+}
+
+/* Blocks made and freed at random keep their contents, begin as zeros, and never overlap. */
+static void test_blocks(uint64_t seed)
+{
+    cl_settings settings = ordinary_settings();
+    world w = shm_world(2, &settings);
+    cl_shared *blocks[BLOCKS] = {NULL};
+    uint64_t nbytes[BLOCKS], random = seed * 77 + 5;
+    for (int round = 0; round < ROUNDS; round++) {
+        uint32_t i = (uint32_t)(next_random(&random) % BLOCKS);
+        if (blocks[i] == NULL) {
+            nbytes[i] = next_random(&random) % 50000;
+            CHECK(cl_shared_new(w.engines[0], nbytes[i], &blocks[i]) == CL_OK);
+            uint8_t *bytes = cl_shared_address(blocks[i]);
+            CHECK((uintptr_t)bytes % 4096 == 0);
+            for (uint64_t k = 0; k < nbytes[i]; k++)
+                CHECK(bytes[k] == 0);
+            memset(bytes, (int)i + 1, nbytes[i]);
+        } else {
+            const uint8_t *bytes = cl_shared_address(blocks[i]);
+            for (uint64_t k = 0; k < nbytes[i]; k++)
+                CHECK(bytes[k] == i + 1);
+            cl_shared_free(blocks[i]);
+            blocks[i] = NULL;
+        }
+    }
+    free_world(&w); /* blocks outlive their engine */
+    for (uint32_t i = 0; i < BLOCKS; i++)
+        if (blocks[i] != NULL) {
+            CHECK(nbytes[i] == 0 || *(uint8_t *)cl_shared_address(blocks[i]) == i + 1);
+            cl_shared_free(blocks[i]);
+        }
+}
+
+static uint64_t count_of(uint64_t seed, uint32_t number)
+{
+    uint64_t random = seed * 131 + number * 17 + 3;
+    next_random(&random);
+    return 1 + next_random(&random) % 40000;
+}
+
+/* Sums of arrays of which every rank has some in shared and some in private memory, all in flight at once. */
+static void *sums(void *argument)
+{
+    rank_arguments *a = argument;
+    cl_shared *blocks[OPERATIONS] = {NULL};
+    int32_t *data[OPERATIONS];
+    cl_operation *operations[OPERATIONS];
+    for (uint32_t n = 0; n < OPERATIONS; n++) {
+        uint64_t count = count_of(a->seed, n);
+        if ((n + (uint32_t)a->rank) % 3 == 0) {
+            data[n] = malloc(count * sizeof(int32_t));
+        } else {
+            CHECK(cl_shared_new(a->w->engines[a->rank], count * sizeof(int32_t), &blocks[n]) == CL_OK);
+            data[n] = cl_shared_address(blocks[n]);
+        }
+        for (uint64_t k = 0; k < count; k++)
+            data[n][k] = (int32_t)(n + k) + a->rank;
+        cl_request request = sum_request(a->w, a->rank, a->seed * 1000 + n, data[n], count);
+        request.segment_count = n % 2 == 0 ? 8192 : 0;
+        request.priority = n % 5;
+        if (n % 4 == 0 && a->w->exchange[a->rank] != NULL)
+            request.plan = a->w->exchange[a->rank];
+        CHECK(cl_submit(a->w->engines[a->rank], &request, &operations[n]) == CL_OK);
+    }
+    for (uint32_t n = 0; n < OPERATIONS; n++) {
+        wait_for(operations[n], CL_OK);
+        int32_t size = a->w->size;
+        for (uint64_t k = 0; k < count_of(a->seed, n); k++)
+            CHECK(data[n][k] == size * (int32_t)(n + k) + size * (size - 1) / 2);
+        cl_operation_release(operations[n]);
+        if (blocks[n] == NULL)
+            free(data[n]);
+        cl_shared_free(blocks[n]);
+    }
+    return NULL;
+}
+
+/* Rank 0 leaves in the middle and writes over its array at once: the others fail, or were done before with the right sum. */
+static void *leaving(void *argument)
+{
+    rank_arguments *a = argument;
+    enum { COUNT = 500000 };
+    cl_shared *block;
+    cl_operation *operation;
+    CHECK(cl_shared_new(a->w->engines[a->rank], COUNT * sizeof(int32_t), &block) == CL_OK);
+    int32_t *data = cl_shared_address(block), size = a->w->size;
+    for (int32_t k = 0; k < COUNT; k++)
+        data[k] = k + a->rank;
+    cl_request request = sum_request(a->w, a->rank, a->seed * 1000 + 900, data, COUNT);
+    request.segment_count = 65536;
+    CHECK(cl_submit(a->w->engines[a->rank], &request, &operation) == CL_OK);
+    if (a->rank == 0) {
+        (void)cl_operation_wait(operation, (int32_t)(a->seed % 3));
+        CHECK(cl_engine_shutdown(a->w->engines[0], 1000) == CL_OK);
+        memset(data, 0xff, COUNT * sizeof(int32_t));
+    } else {
+        int status;
+        while ((status = cl_operation_wait(operation, 100)) == CL_AGAIN)
+            ;
+        CHECK(status == CL_OK || status == CL_PEER_LEFT);
+        for (int32_t k = 0; status == CL_OK && k < COUNT; k++)
+            CHECK(data[k] == size * k + size * (size - 1) / 2);
+    }
+    cl_operation_release(operation);
+    cl_shared_free(block);
+    return NULL;
+}
+
+int main(void)
+{
+    for (uint64_t seed = 1; seed <= 3; seed++) {
+        test_blocks(seed);
+        for (int32_t size = 2; size <= 4; size++)
+            for (int tiny = 0; tiny < 2; tiny++) {
+                cl_settings settings = tiny ? tiny_settings() : ordinary_settings();
+                world w = shm_world(size, &settings);
+                on_all_ranks(&w, seed, sums);
+                on_all_ranks(&w, seed, leaving);
+                free_world(&w);
+            }
+    }
+    puts("all tests of shared memory passed");
+    return 0;
+}
