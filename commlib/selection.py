@@ -1,6 +1,6 @@
 """Which algorithm and which segment size an operation gets: a pure function of what is equal on all ranks.
 
-The cheapest applicable algorithm by its closed form, unless the settings force one. This file knows link classes and
+The cheapest applicable algorithm by its closed form, unless the settings force one or have a table of choices. This file knows link classes and
 costs; it knows no algorithm by name, no engine and no clock.
 """
 
@@ -59,7 +59,7 @@ def select(kind, nbytes, shape, settings, overlapped=False):
         overlapped: one of many in flight, whose throughput together counts and not the latency of this one.
 
     Raises:
-        ValueError: the forced algorithm does not exist or does not support the shape.
+        ValueError: the forced or tabled algorithm does not exist or does not support the shape.
 
     Example:
         >>> from commlib.plan import Shape
@@ -73,12 +73,20 @@ def select(kind, nbytes, shape, settings, overlapped=False):
         nbytes = settings.uneven_nbytes * shape.size
     machine = machine_of(settings)
     candidates = algorithms.applicable(kind, shape)
-    name = settings.forced_algorithm(kind) or _cheapest(candidates, nbytes, shape, machine, overlapped)
+    name = settings.forced_algorithm(kind) or _tabled(kind, nbytes, shape, settings, overlapped)
+    name = name or _cheapest(candidates, nbytes, shape, machine, overlapped)
     module = algorithms.algorithm(kind, name)
     if name not in candidates:
-        raise ValueError(f"{kind} is forced to {name!r}, which does not support {shape.ranks_per_host} ranks per "
+        raise ValueError(f"the settings force {kind} to {name!r}, which does not support {shape.ranks_per_host} ranks per "
                          f"host: force one of {', '.join(candidates)}")  # fmt: skip
     return Choice(name, _segment_nbytes(nbytes, module.nchunks(shape), shape, machine, settings))
+
+
+def _tabled(kind, nbytes, shape, settings, overlapped):
+    """The table is measured on one operation at a time, so it says nothing of those that share a port between hosts."""
+    if overlapped and shape.hosts > 1:
+        return None
+    return settings.tabled_algorithm(kind, shape.ranks_per_host, nbytes)
 
 
 def _cheapest(candidates, nbytes, shape, machine, overlapped):

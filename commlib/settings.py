@@ -7,10 +7,28 @@ saved to a file and pinned from it. This file reads no environment: `bootstrap` 
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass
+from typing import Callable, NamedTuple, Optional, Tuple
 
 KINDS = ("allreduce", "broadcast", "allgather", "reducescatter", "alltoall", "barrier")
 TRANSPORTS = ("auto", "shm", "tcp")
+
+
+class Threshold(NamedTuple):
+    """One line of the table of choices: operations of this kind up to this size, on ranks that lie so, use this algorithm.
+
+    Args:
+        kind: of KINDS.
+        ranks_per_host: the shape that the line is for, such as (8,) or (4, 4); other shapes do not see it.
+        upto_nbytes: the largest size that it is for; None: any.
+        algorithm: a name of the kind's table.
+    """
+
+    kind: str
+    ranks_per_host: Tuple[int, ...]
+    upto_nbytes: Optional[int]
+    algorithm: str
 
 
 @dataclass(frozen=True)
@@ -29,6 +47,7 @@ class Settings:
         uneven_nbytes: the size per rank that the choice of algorithm assumes where ranks cannot know the true one.
         transport: "auto" (shm inside a host, tcp between hosts), "shm" or "tcp".
         algorithms: forced choices, such as (("allreduce", "ring"),).
+        table: choices by size, a tuple of Threshold; the first line that is large enough holds. `commlib tune` writes it.
         alpha_inside_s, beta_inside_s_per_byte: latency and 1 / bandwidth inside a host; 0: measured at init.
         alpha_between_s, beta_between_s_per_byte: the same between hosts; 0: measured at init.
         gamma_s_per_byte: cost of a reduction; 0: measured at init.
@@ -52,6 +71,7 @@ class Settings:
     uneven_nbytes: int = 256 << 10
     transport: str = "auto"
     algorithms: tuple = ()
+    table: tuple = ()
     alpha_inside_s: float = 0.0
     beta_inside_s_per_byte: float = 0.0
     alpha_between_s: float = 0.0
@@ -60,7 +80,7 @@ class Settings:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            _CHECK_OF_TYPE[type(field.default)](field.name, getattr(self, field.name))
+            _type_of(field).check(field.name, getattr(self, field.name))
         if self.transport not in TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, not {self.transport!r}")
         if self.shm_ring_nbytes < 4096 or self.shm_ring_nbytes & (self.shm_ring_nbytes - 1):
@@ -72,6 +92,7 @@ class Settings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         object.__setattr__(self, "algorithms", tuple(sorted((kind, name) for kind, name in self.algorithms)))
+        object.__setattr__(self, "table", tuple(sorted(map(_threshold, self.table), key=_place_in_table)))
 
     def replace(self, **changes):
         """This record with some fields changed."""
@@ -81,6 +102,19 @@ class Settings:
         """The algorithm that is forced for a kind, None if none is."""
         return dict(self.algorithms).get(kind)
 
+    def tabled_algorithm(self, kind, ranks_per_host, nbytes):
+        """The algorithm that the table names for a size, None if it has no line for it.
+
+        Example:
+            >>> record = Settings(table=(("allreduce", (2,), 4096, "recursive_doubling"), ("allreduce", (2,), None, "ring")))
+            >>> record.tabled_algorithm("allreduce", (2,), 4097), record.tabled_algorithm("allreduce", (3,), 4097)
+            ('ring', None)
+        """
+        for line in self.table:
+            if line[:2] == (kind, ranks_per_host) and (line.upto_nbytes is None or nbytes <= line.upto_nbytes):
+                return line.algorithm
+        return None
+
     @property
     def hash(self):
         """32 bits that are equal for equal records, in every process."""
@@ -88,7 +122,8 @@ class Settings:
 
     def as_dict(self):
         """The record as JSON can carry it."""
-        return {**dataclasses.asdict(self), "algorithms": dict(self.algorithms)}
+        table = [[line.kind, list(line.ranks_per_host), line.upto_nbytes, line.algorithm] for line in self.table]
+        return {**dataclasses.asdict(self), "algorithms": dict(self.algorithms), "table": table}
 
     def to_json(self):
         """The record as JSON text, its fields in a fixed order."""
@@ -108,6 +143,7 @@ class Settings:
         if unknown:
             raise ValueError(f"this version of commlib has no setting named {', '.join(unknown)}")
         record["algorithms"] = tuple(dict(record.get("algorithms", {})).items())
+        record["table"] = tuple(record.get("table", ()))
         return cls(**record)
 
     def save(self, path):
@@ -130,7 +166,8 @@ class Settings:
         """This record with fields from text, as the environment gives them.
 
         Args:
-            options: field name -> text; `algorithms` as "allreduce=ring,broadcast=binomial".
+            options: field name -> text; `algorithms` as "allreduce=ring,broadcast=binomial", `table` as
+                "allreduce@8:65536=direct,allreduce@4+4:any=ring": kind, ranks per host, largest size, algorithm.
 
         Raises:
             ValueError: an unknown field or a text that is no value for it.
@@ -141,7 +178,7 @@ class Settings:
             if name not in fields:
                 raise ValueError(f"there is no setting named {name!r}; there are {', '.join(fields)}")
             try:
-                changes[name] = _PARSE_OF_TYPE[type(fields[name].default)](text)
+                changes[name] = _type_of(fields[name]).parse(text)
             except ValueError:
                 raise ValueError(f"setting {name} cannot be {text!r}") from None
         return self.replace(**changes)
@@ -174,9 +211,63 @@ def _check_pairs(name, value):
             raise ValueError(f"{name} must be pairs (kind, algorithm) with a kind of {', '.join(KINDS)}, not {pair!r}")
 
 
+def _check_table(name, value):
+    for line in value:
+        if not _is_threshold(line):
+            raise ValueError(f"{name} must be lines (kind, ranks per host, largest size in bytes or None, algorithm) with a "
+                             f"kind of {', '.join(KINDS)}, such as ('allreduce', (8,), 65536, 'direct'), not {line!r}")  # fmt: skip
+    places = [_threshold(line)[:3] for line in value]
+    for place in places:
+        if places.count(place) > 1:
+            raise ValueError(f"{name} has two lines for {place!r}: keep one")
+
+
+def _is_threshold(line):
+    if not isinstance(line, (tuple, list)) or len(line) != 4 or not isinstance(line[1], (tuple, list)):
+        return False
+    kind, hosts, upto_nbytes, algorithm = line
+    is_shape = len(hosts) > 0 and all(type(ranks) is int and ranks > 0 for ranks in hosts)
+    is_size = upto_nbytes is None or type(upto_nbytes) is int and upto_nbytes >= 0
+    return kind in KINDS and is_shape and is_size and type(algorithm) is str
+
+
+def _threshold(line):
+    """A line as JSON or a user gives it, with a shape that can be hashed."""
+    return Threshold(line[0], tuple(line[1]), *line[2:])
+
+
+def _place_in_table(line):
+    return line.kind, line.ranks_per_host, float("inf") if line.upto_nbytes is None else line.upto_nbytes
+
+
 def _parse_pairs(text):
     return tuple(tuple(pair.strip().split("=", 1)) for pair in text.split(",") if pair.strip())
 
 
-_CHECK_OF_TYPE = {int: _check_int, float: _check_float, str: _check_text, tuple: _check_pairs}
-_PARSE_OF_TYPE = {int: int, float: float, str: str, tuple: _parse_pairs}
+_LINE = re.compile(r"(\w+)@(\d+(?:\+\d+)*):(\d+|any)=(\w+)")
+
+
+def _parse_table(text):
+    lines = []
+    for word in filter(None, map(str.strip, text.split(","))):
+        match = _LINE.fullmatch(word)
+        if match is None:
+            raise ValueError(f"{word!r} is no line of a table")
+        kind, hosts, upto, algorithm = match.groups()
+        lines.append((kind, tuple(map(int, hosts.split("+"))), None if upto == "any" else int(upto), algorithm))
+    return tuple(lines)
+
+
+class _Type(NamedTuple):
+    """How a field's value is checked, and read from text."""
+
+    check: Callable
+    parse: Callable
+
+
+_TYPES = {int: _Type(_check_int, int), float: _Type(_check_float, float), str: _Type(_check_text, str)}
+_TYPES_BY_NAME = {"algorithms": _Type(_check_pairs, _parse_pairs), "table": _Type(_check_table, _parse_table)}
+
+
+def _type_of(field):
+    return _TYPES_BY_NAME.get(field.name) or _TYPES[type(field.default)]

@@ -8,7 +8,6 @@ import pytest
 from commlib import algorithms
 from commlib.calibrate import rounded
 from commlib.cost import cost_s
-from commlib.cost import cost_s
 from commlib.layout import Layout
 from commlib.plan import Shape
 from commlib.selection import machine_of, select
@@ -32,6 +31,50 @@ def test_overrides_are_text():
                                     "gamma_s_per_byte": "1e-10"})  # fmt: skip
     assert (record.spin_us, record.transport, record.gamma_s_per_byte) == (7, "tcp", 1e-10)
     assert record.forced_algorithm("allreduce") == "ring" and record.forced_algorithm("alltoall") is None
+
+
+TABLE = (("allreduce", (4, 4), None, "hierarchical"), ("allreduce", (8,), None, "ring"), ("allreduce", (8,), 4096, "direct"))
+
+
+def test_table_survives_its_file_and_text(tmp_path):
+    record = Settings(table=TABLE)
+    record.save(tmp_path / "settings.json")
+    loaded = Settings.load(tmp_path / "settings.json")
+    text = "allreduce@8:4096=direct, allreduce@8:any=ring,allreduce@4+4:any=hierarchical"
+    assert record == loaded == Settings().overridden({"table": text})
+    assert record.hash == loaded.hash != Settings().hash and hash(record) == hash(loaded)
+
+
+@pytest.mark.parametrize("line", [
+    ("allreduce", (8,), -1, "ring"), ("sum", (8,), 1, "ring"), ("allreduce", (), 1, "ring"), ("allreduce", 8, 1, "ring"),
+    ("allreduce", (8,), 1), "allreduce", ("allreduce", (0,), 1, "ring"), ("allreduce", (8,), 1, None)])  # fmt: skip
+def test_lines_of_a_table_are_checked(line):
+    with pytest.raises(ValueError, match="table must be lines"):
+        Settings(table=(line,))
+
+
+def test_a_table_has_no_line_twice():
+    with pytest.raises(ValueError, match="two lines"):
+        Settings(table=(("allreduce", (8,), 1, "ring"), ("allreduce", [8], 1, "direct")))
+    with pytest.raises(ValueError, match="setting table cannot be 'allreduce=ring'"):
+        Settings().overridden({"table": "allreduce=ring"})
+
+
+def test_table_goes_before_the_closed_form_and_forced_choices_before_the_table():
+    settings = Settings(table=TABLE)
+    for nbytes, name in ((0, "direct"), (4096, "direct"), (4097, "ring"), (1 << 40, "ring")):
+        assert select("allreduce", nbytes, Shape((8,)), settings).algorithm == name
+        assert select("allreduce", nbytes, Shape((7,)), settings) == select("allreduce", nbytes, Shape((7,)), Settings())
+    assert select("allreduce", 8, Shape((4, 4)), settings).algorithm == "hierarchical"
+    forced = settings.replace(algorithms=(("allreduce", "recursive_doubling"),))
+    assert select("allreduce", 8, Shape((8,)), forced).algorithm == "recursive_doubling"
+    many = select("allreduce", 1 << 26, Shape((4, 4)), settings, overlapped=True)
+    assert many == select("allreduce", 1 << 26, Shape((4, 4)), Settings(), overlapped=True)
+
+
+def test_tabled_algorithm_must_fit():
+    with pytest.raises(ValueError, match="direct"):
+        select("allreduce", 8, Shape((1, 1)), Settings(table=(("allreduce", (1, 1), None, "direct"),)))
 
 
 @pytest.mark.parametrize("kind", sorted(algorithms.KINDS))
