@@ -9,6 +9,8 @@ import time
 import pytest
 from support import program
 
+from commlib.settings import Settings
+
 TIMEOUT_S = 20.0
 COMMRUN = [sys.executable, "-m", "commlib.launch"]
 IMPATIENT = [sys.executable, "-c", "import sys; from commlib.launch import job, main\n"
@@ -102,6 +104,8 @@ def test_ranks_that_ignore_sigterm_are_killed(mark):
     (("-np", "2", "-H", "localhost:1", "true"), 2, ("fewer",)),
     (("-np", "2", "--start-timeout", "0", "true"), 2, ("positive",)),
     (("-np", "2", "--output-filename", "/proc/none", "true"), 2, ("/proc/none", "folder")),
+    (("-np", "2", "--settings", "/proc/none", "true"), 2, ("/proc/none", "tune")),
+    (("-np", "2", "--settings", "/proc/version", "true"), 2, ("/proc/version", "tune")),
 ])
 def test_mistakes_get_a_message(arguments, code, words):
     ran = run(*arguments)
@@ -140,6 +144,13 @@ def test_cores_are_divided_unless_the_user_did(mark):
     expected = str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert run(*command, env=environ).out.split() == [expected] * 2
     assert run(*command, env=dict(environ, OMP_NUM_THREADS="7")).out.split() == ["7", "7"]
+
+
+def test_ranks_are_told_of_the_settings_file(mark, tmp_path):
+    Settings(spin_us=3).save(tmp_path / "settings.json")
+    program = "import commlib, sys; sys.stdout.write(f'{commlib.init().settings.spin_us}\\n')"
+    ran = run("-np", "2", "--settings", "settings.json", sys.executable, "-c", program, env=environ_with(mark), cwd=tmp_path)
+    assert ran.out.split() == ["3", "3"], ran.err
 
 
 def test_rank_0_reads_standard_input(mark):

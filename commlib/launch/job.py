@@ -98,6 +98,8 @@ class Job:
         environ.update(self._environ)
         if self._options.start_timeout is not None:
             environ["COMMLIB_START_TIMEOUT_S"] = repr(self._options.start_timeout)
+        if self._options.settings is not None:
+            environ["COMMLIB_SETTINGS"] = os.path.abspath(self._options.settings)
         placement = {"RANK": rank, "SIZE": self._size, "LOCAL_RANK": rank, "LOCAL_SIZE": self._size, "CROSS_RANK": 0,
                      "CROSS_SIZE": 1, "STORE": store, "STORE_OWNER": "commrun", "JOB": job}
         environ.update({f"COMMLIB_{name}": str(value) for name, value in placement.items()})

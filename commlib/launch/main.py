@@ -1,6 +1,7 @@
 """The commrun command: options in, exit code out."""
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
@@ -8,8 +9,9 @@ from typing import List, Optional
 
 from commlib.launch.job import Job
 from commlib.launch.options import parse
+from commlib.settings import Settings
 
-CANNOT_WRITE = 2
+WRONG_OPTION = 2
 NOT_EXECUTABLE, NOT_FOUND = 126, 127  # what shells answer
 
 
@@ -23,14 +25,26 @@ def main(arguments: Optional[List[str]] = None) -> int:
     program = options.command[0]
     if shutil.which(program) is None:
         return _complain(program)
-    if options.output_filename is not None:
-        try:
-            os.makedirs(options.output_filename, exist_ok=True)
-        except OSError as error:
-            print(f"commrun: --output-filename {options.output_filename}: {error.strerror}; name a folder that can be "
-                  "written", file=sys.stderr)
-            return CANNOT_WRITE
+    mistake = _mistake(options)
+    if mistake is not None:
+        print(f"commrun: {mistake}", file=sys.stderr)
+        return WRONG_OPTION
     return Job(options, dict(os.environ)).run()
+
+
+def _mistake(options: argparse.Namespace) -> Optional[str]:
+    """What is wrong with the files that the options name, and what to do; None: nothing. Makes the output folder."""
+    try:
+        if options.output_filename is not None:
+            os.makedirs(options.output_filename, exist_ok=True)
+    except OSError as error:
+        return f"--output-filename {options.output_filename}: {error.strerror}; name a folder that can be written"
+    try:
+        if options.settings is not None:
+            Settings.load(options.settings)
+    except (OSError, ValueError) as error:
+        return f"--settings {options.settings}: {error}; name a file that `commlib tune` or Settings.save wrote"
+    return None
 
 
 def _complain(program: str) -> int:

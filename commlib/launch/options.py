@@ -32,6 +32,8 @@ def parse(arguments: List[str]) -> argparse.Namespace:
         help=f"seconds that the ranks wait for each other in init() (COMMLIB_START_TIMEOUT_S, {START_TIMEOUT_S:g})")
     add("--timeout", type=_seconds, default=math.inf, metavar="S",
         help="stop the job after this many seconds, with exit code 124")
+    add("--settings", metavar="FILE",
+        help="a settings record for all ranks, as `commlib tune` writes it (COMMLIB_SETTINGS)")
     add("--prefix-output", action="store_true", help="put [rank] before each line that a rank prints")
     add("--prefix-output-with-timestamp", action="store_true", help="the same, with date and time")
     add("--output-filename", metavar="DIR", help="also write each rank's output to DIR/rank.R/stdout and stderr")
