@@ -23,13 +23,16 @@ from commlib.version import VERSION as __version__
 _session = Session()
 
 
-def init(*, settings=None, timeout_s=None, environ=None):
+def init(*, settings=None, timeout_s=None, environ=None, backend=None, backends=None):
     """Meets the other ranks and makes the default communicator; while there is one, returns it.
 
     Args:
         settings: a commlib.Settings record, equal on all ranks; None: the file named by COMMLIB_SETTINGS, or the defaults.
         timeout_s: how long to wait for the other ranks, in seconds; None: COMMLIB_START_TIMEOUT_S, or 60.
         environ: the variables in which the launcher left rank and size; None: os.environ.
+        backend: who moves the bytes; None: COMMLIB_BACKEND, or "native", commlib's own engine.
+        backends: for adapters of frameworks: backends beside the native one, name -> function that makes the Communicator;
+            see `commlib.session.open_communicator`.
 
     Returns:
         The Communicator.
@@ -45,7 +48,7 @@ def init(*, settings=None, timeout_s=None, environ=None):
         1
         >>> commlib.shutdown()
     """
-    return _session.init(settings, timeout_s, environ)
+    return _session.init(settings, timeout_s, environ, backend, backends)
 
 
 def shutdown():

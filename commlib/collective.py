@@ -37,6 +37,9 @@ class Submitter:
         group: the name of the group in the keys; equal on its ranks, different from other groups.
     """
 
+    backend = "native"  # who moves the bytes
+    handle_class = Handle
+
     def __init__(self, engine, hosts, settings, group="world"):
         self.engine = engine
         self._layout = Layout(hosts)
@@ -94,17 +97,28 @@ class Submitter:
             if splits is not None:
                 request.nsplits = len(splits)
                 request.splits = held = new_offsets(splits)  # lives until the engine has copied it
-            handle = Handle(self.flight, use, kind, f"noname.{number}" if name is None else name,
-                            (source, target), finish, result)  # fmt: skip
+            handle = self.handle_class(self.flight, use, kind, f"noname.{number}" if name is None else name,
+                                       (source, target), finish, result)  # fmt: skip
             self.flight.add(handle)
             try:
-                handle.operation = self.engine.submit(request)
+                self._post(handle, request)
             except BaseException:
                 self.flight.discard(handle)
                 raise
         if name is not None:
             use.handle = handle
         return handle
+
+    def close(self):
+        """The engine was shut down: nothing is in flight any more."""
+        self.flight.sweep()
+
+    def after_fork(self):
+        """In a forked child: the timeline is the parent's."""
+        self.flight.timeline = None
+
+    def _post(self, handle, request):
+        handle.operation = self.engine.submit(request)
 
     def _free_name(self, kind, use):
         """The last operation of a name may be done without anybody having noticed."""
@@ -159,10 +173,10 @@ class Submitter:
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = native_plan(self._layout.plan(kind, choice.algorithm, self.engine.rank, root))
-        return plan, _segment_count(choice.segment_nbytes, itemsize)
+        return plan, segment_elements(choice.segment_nbytes, itemsize)
 
 
-def _segment_count(segment_nbytes, itemsize):
+def segment_elements(segment_nbytes, itemsize):
     """Elements per segment; 0: one segment."""
     if segment_nbytes == 0:
         return 0

@@ -32,6 +32,7 @@ class Communicator:
         engine: a started commlib.engine.Engine.
         topology: a commlib.connect.Topology: who lives where.
         settings: the settings record that all ranks hold.
+        submitter: what posts operations; None: the engine moves their bytes.
 
     Example:
         >>> import commlib, numpy
@@ -41,9 +42,9 @@ class Communicator:
         >>> commlib.shutdown()
     """
 
-    def __init__(self, engine, topology, settings):
+    def __init__(self, engine, topology, settings, submitter=None):
         self._engine = engine
-        self._submitter = Submitter(engine, topology.hosts, settings)
+        self._submitter = submitter or Submitter(engine, topology.hosts, settings)
         self.rank = engine.rank
         self.size = engine.size
         self.local_rank = topology.local_rank
@@ -257,6 +258,11 @@ class Communicator:
     # ---- life ------------------------------------------------------------------------------------------------
 
     @property
+    def backend(self):
+        """Who moves the bytes: "native", or a library of others."""
+        return self._submitter.backend
+
+    @property
     def settings(self):
         """The settings record that all ranks hold."""
         return self._submitter.settings
@@ -282,7 +288,8 @@ class Communicator:
     def after_fork(self):
         """Called in a forked child, before anything else: gives up the engine, and touches nothing of the parent's."""
         self._engine.after_fork()
-        self.timeline = self._submitter.flight.timeline = None
+        self._submitter.after_fork()
+        self.timeline = None
 
     def stats(self):
         """What this rank has done so far: counts and bytes, a dict.
@@ -322,7 +329,7 @@ class Communicator:
                 pass  # others are gone or busy: each rank's own file stays
         self._engine.shutdown(_LINGER_MS)
         if not self._engine.forked:
-            self._submitter.flight.sweep()
+            self._submitter.close()
 
     def _check_root(self, root_rank):
         if type(root_rank) is not int or not 0 <= root_rank < self.size:

@@ -4,6 +4,8 @@ It knows cffi, statuses and pointers; it knows no algorithm, no NumPy and no nam
 submit. In a forked child the object is dead: it only says so.
 """
 
+from typing import NamedTuple
+
 from commlib._native import ffi, lib
 from commlib.errors import ForkedError, ShutdownError, error_of
 
@@ -16,8 +18,11 @@ KIND_CODES = {
 
 AGAIN = lib.CL_AGAIN
 
-# The control plane's own exchanges have no plan.
-NO_PLAN = ffi.NULL
+# What every kind is to the engine when the bytes are moved by somebody else.
+TICKET_CODE = lib.CL_TICKET
+
+# The control plane's own exchanges have no plan, and tickets no chunks.
+NO_PLAN = NO_OFFSETS = ffi.NULL
 
 # Waits in C return this often, so that Python can run signal handlers (Ctrl-C).
 _SLICE_MS = 100
@@ -28,6 +33,17 @@ _FORKED_TEXT = (
     "commlib was initialized in the parent of this process, and a forked child holds no engine: communicate in the "
     "process that called init(), or start children with multiprocessing's 'spawn' method and call init() there"
 )
+
+
+class Ticket(NamedTuple):
+    """A turn: segment [first, first + count) of the elements of the operation of this key may be moved now."""
+
+    key: int
+    first: int
+    count: int
+    splits: list  # all members' splits, in member order
+    operation: object
+    native: object
 
 
 class Engine:
@@ -170,6 +186,40 @@ class Engine:
         _check(lib.cl_operation_result(operation, address, count, counts))
         members = [] if counts[0] == ffi.NULL else ffi.unpack(counts[0], self.size)
         return int(ffi.cast("uintptr_t", address[0])), count[0], members
+
+
+    # ---- tickets: for operations whose bytes somebody else moves ---------------------------------------------------
+
+    def next_ticket(self, timeout_s):
+        """Waits for this rank's next ticket; one thread takes them all.
+
+        Returns:
+            A Ticket, to be given back by `return_ticket`; None if none came in time.
+
+        Raises:
+            CommlibError: the engine has ended, and there will be no more.
+        """
+        ticket = ffi.new("cl_ticket *")
+        status = lib.cl_ticket_next(self.pointer, int(timeout_s * 1e3), ticket)
+        if status == AGAIN:
+            return None
+        _check(status)
+        splits = ffi.unpack(ticket.splits, ticket.nsplits) if ticket.nsplits else []
+        return Ticket(ticket.key, ticket.first, ticket.count, splits, ticket.operation, ticket)
+
+    def return_ticket(self, ticket):
+        """This rank is done with a ticket: its bytes were moved, or its operation has failed."""
+        lib.cl_ticket_return(ticket.native)
+
+    def fail(self, text):
+        """Ends the engine as if this rank had been lost: what is in flight fails on every rank, with this reason."""
+        if not self.forked:
+            lib.cl_engine_fail(self.pointer, new_text(text))
+
+
+def scale(code, output, source, count, factor):
+    """output[i] = source[i] * factor as the engine computes it; `code` is a cl_dtype, both are addresses, and may be equal."""
+    lib.cl_scale(code, ffi.cast("void *", output), ffi.cast("void *", source), count, factor)
 
 
 def operation_times(operation):

@@ -27,10 +27,14 @@ _log = logging.getLogger("commlib")
 
 _SETTING_NAMES = frozenset(field.name for field in fields(Settings))
 # Options that are no settings: they may differ between ranks, or are another file's.
-_OTHER_OPTIONS = frozenset(("settings", "timeline", "start_timeout_s", "interface", "log_level"))
+_OTHER_OPTIONS = frozenset(("settings", "timeline", "start_timeout_s", "interface", "log_level", "backend"))
 
 
-def open_communicator(generation, settings=None, timeout_s=None, environ=None):
+def _native(engine, topology, settings, placement, timeout_s):
+    return Communicator(engine, topology, settings)
+
+
+def open_communicator(generation, settings=None, timeout_s=None, environ=None, backend=None, backends=None):
     """Meets the other ranks and links them.
 
     Args:
@@ -39,18 +43,23 @@ def open_communicator(generation, settings=None, timeout_s=None, environ=None):
             environment override single fields.
         timeout_s: how long to wait for the other ranks; None: COMMLIB_START_TIMEOUT_S or 60 s.
         environ: the environment to read; None: the process's own.
+        backend: the name of who moves the bytes; None: COMMLIB_BACKEND or "native".
+        backends: what there is beside the engine: name -> function(engine, topology, settings, placement, timeout_s) that
+            makes the Communicator.
 
     Raises:
         StartError: a rank did not come, was lost, or cannot be reached.
         MismatchError: ranks differ in their settings.
-        ValueError: an option that is no setting or cannot have its value.
+        ValueError: an option that is no setting or cannot have its value; an unknown backend.
     """
     placement = bootstrap.discover(environ)
+    backend = backend or placement.options.get("backend", "native")
+    make_communicator = _maker(backend, {**(backends or {}), "native": _native})
     settings = _starting_settings(settings, placement.options)
     engine = Engine(placement.rank, placement.size, settings)
     try:
-        topology = _link(engine, placement, settings, generation, timeout_s)
-        communicator = Communicator(engine, topology, settings)
+        topology = _link(engine, placement, settings, backend, generation, timeout_s)
+        communicator = make_communicator(engine, topology, settings, placement, timeout_s)
         record = calibrated(settings, engine, topology.hosts).to_json().encode()
         record = communicator.control.broadcast_bytes(record, name="settings", timeout_s=timeout_s)
     except BaseException:
@@ -61,6 +70,15 @@ def open_communicator(generation, settings=None, timeout_s=None, environ=None):
     if "timeline" in placement.options:
         communicator.start_timeline(placement.options["timeline"])
     return communicator
+
+
+def _maker(backend, makers):
+    if backend not in makers:
+        raise ValueError(
+            f"there is no backend {backend!r} here, only {', '.join(sorted(makers))}: give init(backend=...) or "
+            'COMMLIB_BACKEND another name; for "gloo", call commlib.torch.init() and not commlib.init()'
+        )
+    return makers[backend]
 
 
 def _starting_settings(settings, options):
@@ -74,11 +92,11 @@ def _starting_settings(settings, options):
     return settings.overridden({name: text for name, text in options.items() if name in _SETTING_NAMES})
 
 
-def _link(engine, placement, settings, generation, timeout_s):
+def _link(engine, placement, settings, backend, generation, timeout_s):
     """Meets the other ranks in the store, agrees with them, links the engine and starts it."""
     with _advice(placement.rank), rendezvous.join(placement, generation, VERSION, timeout_s) as store:
         control = Control(functools.partial(_exchange_in_store, store), placement.rank, placement.size)
-        mismatch = _mismatch(control, settings)
+        mismatch = _mismatch(control, {**settings.as_dict(), "backend": backend})
         if mismatch is None:
             topology = connect(placement, store, engine, settings.transport)
             engine.start()
@@ -111,9 +129,9 @@ def _exchange_in_store(store, payload, *, name, timeout_s=None):
     return store.gather(name, payload, timeout_s)
 
 
-def _mismatch(control, settings):
+def _mismatch(control, record):
     try:
-        control.agree("settings", settings.as_dict(),
+        control.agree("settings", record,
                       advice="give every rank the same COMMLIB_* variables and the same init(settings=...)")  # fmt: skip
     except MismatchError as error:
         return error
@@ -129,11 +147,11 @@ class Session:
         atexit.register(self.shutdown)
         os.register_at_fork(after_in_child=self._after_fork)
 
-    def init(self, settings=None, timeout_s=None, environ=None):
+    def init(self, settings=None, timeout_s=None, environ=None, backend=None, backends=None):
         """Makes the default communicator; while there is one, returns it."""
         if self._communicator is None:
             self._generation += 1
-            self._communicator = open_communicator(self._generation, settings, timeout_s, environ)
+            self._communicator = open_communicator(self._generation, settings, timeout_s, environ, backend, backends)
         elif self._communicator.is_forked:
             raise self._communicator.health
         return self._communicator

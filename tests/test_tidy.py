@@ -17,6 +17,7 @@ LAYERS = [
     {"engine", "control", "selection"},
     {"calibrate", "layout", "handle", "results", "simulate"},
     {"collective"},
+    {"tickets"},
     {"communicator"},
     {"session"},
     {"__init__", "launch"},

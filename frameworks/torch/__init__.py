@@ -27,16 +27,29 @@ from commlib.torch.trace import trace_layers
 HorovodInternalError = CommlibError
 
 
-def init(comm=None, process_sets=None):
+def init(comm=None, process_sets=None, *, backend=None):
     """Meets the other ranks; every other function needs it. Does nothing if it was called before.
 
+    Args:
+        comm, process_sets: accepted for Horovod's sake.
+        backend: who moves the bytes: "native", commlib's own engine, or "gloo", torch.distributed's gloo under commlib's
+            scheduler; None: COMMLIB_BACKEND, or "native". Equal on all ranks.
+
     Raises:
-        ValueError: comm or process_sets was given: not supported yet.
+        ValueError: comm or process_sets was given: not supported yet; another backend is in use.
         StartError: a rank did not come in time.
     """
     if comm is not None or process_sets:
         raise ValueError("init(comm=..., process_sets=...) is not supported yet: call init(), and start with commrun")
-    commlib.init()
+    communicator = commlib.init(backend=backend, backends={"gloo": _gloo_communicator})
+    if backend not in (None, communicator.backend):
+        raise ValueError(f"commlib was initialized with backend={communicator.backend!r}: call shutdown() first")
+
+
+def _gloo_communicator(*args):
+    from commlib.torch.gloo import gloo_communicator  # builds of torch without torch.distributed can do without it
+
+    return gloo_communicator(*args)
 
 
 def start_timeline(file_path, mark_cycles=False):

@@ -8,7 +8,7 @@ from support import Ranks
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
 # What moves the bytes -> options of the ranks (COMMLIB_* variables). Every test on real ranks runs with each.
-BACKENDS = {"native": {}}
+BACKENDS = {"native": {}, "gloo": {"backend": "gloo"}}
 
 
 @pytest.fixture(scope="session", params=BACKENDS)
@@ -28,7 +28,8 @@ def torch_ranks(backend):
         if size not in sets:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [_HERE, os.environ.get("PYTHONPATH", "")])))
-                sets[size] = Ranks(size, **BACKENDS[backend])
+                sets[size] = Ranks(size, initialize=False, **BACKENDS[backend])
+                sets[size].call("starting:initialize")
         return sets[size]
 
     yield get
