@@ -89,6 +89,7 @@ class GradientExchange:
         self.regroup_due = False
         self.superseded_by = None  # a parameter's name, once a newer exchange tracks it
         self.paused = False  # while True, gradients only accumulate on this rank
+        self.departing = None  # departing() is called when the first gradient of a step leaves
         self._options = {"op": op, "prescale_factor": prescale_factor, "postscale_factor": postscale_factor,
                          "overlapped": True}  # fmt: skip
         self._sparse_as_dense = sparse_as_dense
@@ -213,6 +214,8 @@ class GradientExchange:
         group.handle = self.communicator.allreduce_async_(group.gather(), **group.options)
         group.phase = _FLYING
         self.flying += 1
+        if self.flying == 1 and self.departing is not None:
+            self.departing()
 
     def _send_apart(self, group):
         """The model was moved to another dtype: until the next regrouping these travel by themselves."""

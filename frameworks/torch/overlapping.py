@@ -9,8 +9,12 @@ of a whole step (probe.py), step() waits instead and says so.
 import logging
 import time
 
+import torch
+
 from commlib.torch.bundles import as_users_own, group_indices, groups_of, snapshot, step_groups
 from commlib.torch.gates import Gates
+from commlib.torch.groups import Phase
+from commlib.torch.guards import Guards
 from commlib.torch.probe import reason_to_wait
 from commlib.torch.waiting import Waiting
 
@@ -36,6 +40,8 @@ class Overlapping(Waiting):
         self._index_of = {}
         self._ungated = set()  # gradients whose parameters are read without anybody noticing
         self.gates = Gates(self.open, self._settle)
+        self.guards = Guards(self.gates.before_read, self._before_gradient)
+        exchange.departing = self._guard_after_backward
         self._install_gates()
         if reason is not None:
             self._probed = self._waits = True
@@ -52,7 +58,8 @@ class Overlapping(Waiting):
         self._index_of = group_indices(self.optimizer.param_groups)
         gated = self.gates.install(self.model, {gradient.parameter: gradient for gradient in gradients})
         outside = [gradient for gradient in gradients if gradient.parameter not in gated]
-        self._ungate(outside, "these are not parameters of the model")
+        blind = [gradient for gradient in outside if not self.guards.can_guard(gradient.parameter)]
+        self._ungate(blind, "these are not parameters of the model, and of a class of their own")
 
     def _ungate(self, gradients, reason):
         new = [gradient for gradient in gradients if gradient not in self._ungated]
@@ -64,6 +71,7 @@ class Overlapping(Waiting):
 
     def step(self):
         """Claims all gradients and returns; or, with a reason to wait, makes the whole step."""
+        self._release()
         self.finish_updates()  # of parameters that nobody has read since the last step
         self.account()  # of the last step, whose waits came after it
         self.meter.steps += 1
@@ -95,6 +103,7 @@ class Overlapping(Waiting):
         self.exchange.claim()
         self._snapshots = snapshot(self.optimizer.param_groups)
         self.gates.pending.update(dict.fromkeys(self.exchange.groups))
+        self._guard()
         if self._ungated:
             for group in self.exchange.groups:
                 if not self._ungated.isdisjoint(group.gradients):
@@ -116,8 +125,9 @@ class Overlapping(Waiting):
         exchange, read = self.exchange, self.gates.read
         new = [exchange.gradients[number] for number in exchange.first_use.measured]
         self._ungate(
-            [gradient for gradient in new if read is not None and gradient.parameter not in read],
-            "these are used outside of their modules' forward",
+            [gradient for gradient in new if read is not None and gradient.parameter not in read
+             and not self.guards.can_guard(gradient.parameter)],
+            "these are used outside of their modules' forward, and of a class of their own",
         )
         exchange.regroup()
         self._install_gates()
@@ -133,13 +143,13 @@ class Overlapping(Waiting):
         Updates that are ready have to be made anyway; made together they cost one call of the optimizer.
         """
         begin_s = time.monotonic()
-        self.exchange.wait(group)
+        self._wait(group)
         opened = [group]
         for other in self.gates.pending:  # in the order of need
             if other is not group:
                 if other.handle is not None and not other.handle.done():
                     break
-                self.exchange.wait(other)
+                self._wait(other)
                 opened.append(other)
         waited_s = time.monotonic()
         for one in opened:
@@ -148,6 +158,10 @@ class Overlapping(Waiting):
         for one in opened:
             one.rest(self.exchange.passes)
         self._record(group, begin_s, waited_s)
+
+    def _wait(self, group):
+        self.guards.release([gradient.parameter for gradient in group.gradients])
+        self.exchange.wait(group)
 
     def _update(self, gradients):
         parameters = [gradient.parameter for gradient in gradients]
@@ -176,9 +190,32 @@ class Overlapping(Waiting):
 
     def _settle(self):
         """Gradients are about to be seen: those on their way are waited for."""
-        if self.exchange.flying:
+        if self.exchange.flying and not in_backward():
+            self._release()
             self.finish_updates()  # of groups that this forward has not needed
             self.exchange.synchronize()
+
+    def _before_gradient(self, parameter):
+        """Somebody reads p.grad."""
+        if self.exchange.flying and not self.gates.listing:
+            if in_backward() and self.gates.member_of[parameter].group.phase is Phase.FLYING:
+                raise RuntimeError(
+                    f"the gradient of {self.gates.member_of[parameter].name!r} was read within backward, while it was "
+                    "being reduced: register the hook that reads it before DistributedOptimizer(...), or use "
+                    "tensor.register_hook"
+                )
+            self._settle()
+
+    def _guard_after_backward(self):
+        """The first gradient of a step leaves: once backward is over, whoever reads one waits for all."""
+        if in_backward():
+            torch.autograd.Variable._execution_engine.queue_callback(self._guard)
+
+    def _guard(self):
+        self.guards.guard([gradient.parameter for gradient in self.exchange.gradients])
+
+    def _release(self):
+        self.guards.release([gradient.parameter for gradient in self.exchange.gradients])
 
     # ---- what people see
 
@@ -192,3 +229,8 @@ class Overlapping(Waiting):
         if timeline is not None:
             timeline.span(f"wait {group.name}", "wait", begin_s, waited_s)
             timeline.span(f"update {group.name}", "update", waited_s, time.monotonic())
+
+
+def in_backward():
+    """Whether autograd is running the backward pass in this thread."""
+    return torch._C._current_graph_task_id() != -1

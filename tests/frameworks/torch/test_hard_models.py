@@ -8,7 +8,7 @@ from hard_models import CASES
 NOT_AS_ALONE = {"HalfPrecision", "Float16"}
 # spectral_norm's vectors move once per forward, of which one process has more.
 NOT_AS_ALONE |= {"Parametrized"}
-WAITED_FOR = {"Overlaid": "share memory", "hidden": "are not parameters of the model", "loose": "are not parameters of the model"}
+WAITED_FOR = {"Overlaid": "share memory"}
 ONLY_SOME = {"Complex": ("sgd", "adamw", "adagrad")}  # NAdam and Lion know no complex numbers
 
 
