@@ -111,6 +111,8 @@ class Simulation:
     def next(self) -> Event:
         """Runs until something happens that the caller must know of. IDLE: nothing is left to happen."""
         kind = lib.cl_sim_next(self._simulation, self._rank, self._token)
+        if kind == lib.CL_SIM_NO_MEMORY:
+            raise MemoryError("no memory for the simulation's next event: simulate fewer ranks, or shorter plans")
         return Event(EventKind(kind), self._rank[0], self._token[0])
 
     @property

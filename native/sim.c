@@ -65,6 +65,7 @@ struct cl_sim {
     cl_sim_link classes[CLASSES];
     cl_settings settings;
     cl_engine **engines;
+    sim_link **links; /* rank's end of the link to peer at [rank * size + peer]; they outlive engines that were shut down */
     bool *dead, *woken;
     port *ports; /* CLASSES per rank */
     int32_t *to_flush, nto_flush;
@@ -275,7 +276,7 @@ static size_t sim_pending(const cl_link *base)
 
 static void sim_close(cl_link *base)
 {
-    base->owner = NULL; /* events on their way still point here: freed with the simulation */
+    base->owner = NULL; /* events on their way still point here: the simulation frees it */
 }
 
 const cl_transport cl_sim_transport = {
@@ -347,6 +348,8 @@ static int make_links(cl_sim *sim, int32_t a, int32_t b, const int32_t *hosts)
     *near = (sim_link){.sim = sim, .remote = far, .class = hosts[a] == hosts[b] ? INSIDE : BETWEEN};
     *far = (sim_link){.sim = sim, .remote = near, .class = near->class};
     near->base.transport = far->base.transport = &cl_sim_transport;
+    sim->links[a * sim->size + b] = near;
+    sim->links[b * sim->size + a] = far;
     cl_engine_attach(sim->engines[a], b, &near->base);
     cl_engine_attach(sim->engines[b], a, &far->base);
     return CL_OK;
@@ -356,11 +359,12 @@ static int make_parts(cl_sim *sim, const int32_t *hosts)
 {
     size_t size = (size_t)sim->size;
     sim->engines = calloc(size, sizeof(cl_engine *));
+    sim->links = calloc(size * size, sizeof(sim_link *));
     sim->dead = calloc(size, sizeof(bool));
     sim->woken = calloc(size, sizeof(bool));
     sim->ports = calloc(CLASSES * size, sizeof(port));
     sim->to_flush = calloc(size, sizeof(int32_t));
-    if (!sim->engines || !sim->dead || !sim->woken || !sim->ports || !sim->to_flush)
+    if (!sim->engines || !sim->links || !sim->dead || !sim->woken || !sim->ports || !sim->to_flush)
         return CL_NO_MEMORY;
     for (int32_t r = 0; r < sim->size; r++)
         CL_TRY(make_engine(sim, r));
@@ -388,10 +392,8 @@ int cl_sim_new(int32_t size, const int32_t *hosts, const cl_sim_link *inside, co
     return CL_OK;
 }
 
-static void free_link(cl_peer *peer)
+static void free_link(sim_link *link)
 {
-    sim_link *link = (sim_link *)peer->link;
-    peer->link = NULL;
     while (link != NULL && link->first != NULL) {
         parcel *next = link->first->next;
         free(link->first);
@@ -402,9 +404,9 @@ static void free_link(cl_peer *peer)
 
 static void free_links(cl_sim *sim)
 {
-    for (int32_t a = 0; sim->engines != NULL && a < sim->size; a++)
-        for (int32_t b = 0; sim->engines[a] != NULL && b < sim->size; b++)
-            free_link(&sim->engines[a]->peers[b]);
+    for (int32_t i = 0; sim->links != NULL && i < sim->size * sim->size; i++)
+        free_link(sim->links[i]);
+    free(sim->links);
 }
 
 static void free_events(cl_sim *sim)
@@ -419,12 +421,9 @@ void cl_sim_free(cl_sim *sim)
     if (sim == NULL)
         return;
     for (int32_t r = 0; sim->engines != NULL && r < sim->size; r++)
-        if (sim->engines[r] != NULL)
-            cl_engine_leave(sim->engines[r]); /* fails what is unfinished; what it says is never delivered */
+        cl_engine_free(sim->engines[r]); /* fails what is unfinished; what it says is never delivered */
     free_events(sim);
     free_links(sim);
-    for (int32_t r = 0; sim->engines != NULL && r < sim->size; r++)
-        cl_engine_free(sim->engines[r]);
     free(sim->done);
     free(sim->events);
     free(sim->to_flush);
@@ -463,7 +462,7 @@ int cl_sim_kill(cl_sim *sim, int32_t rank)
     for (int32_t r = 0; r < sim->size; r++)
         if (r != rank)
             add_event(sim, (event){.at_s = sim->now_s + 1e-3 * sim->settings.lost_ms, .kind = EVENT_LOST,
-                                   .link = (sim_link *)sim->engines[r]->peers[rank].link});
+                                   .link = sim->links[r * sim->size + rank]});
     return sim->status;
 }
 
@@ -509,6 +508,8 @@ static bool more_happens_now(const cl_sim *sim)
 int cl_sim_next(cl_sim *sim, int32_t *rank, uint64_t *token)
 {
     for (;;) {
+        if (sim->status != CL_OK)
+            return CL_SIM_NO_MEMORY;
         if (sim->done_first < sim->ndone) {
             *rank = sim->done[sim->done_first].rank;
             *token = sim->done[sim->done_first++].key;
