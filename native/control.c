@@ -43,7 +43,8 @@ static void tell(cl_operation *operation, int32_t member, uint8_t type, const ui
 
 static int append(cl_entry *to, const void *data, size_t nbytes)
 {
-    uint8_t *grown = realloc(to->data, (size_t)to->nbytes + nbytes + 1);
+    bool fits = nbytes < UINT32_MAX - to->nbytes; /* into one frame */
+    uint8_t *grown = fits ? realloc(to->data, (size_t)to->nbytes + nbytes + 1) : NULL;
     if (grown == NULL)
         return CL_NO_MEMORY;
     if (nbytes > 0)
@@ -61,10 +62,10 @@ static void out_of_memory(cl_operation *operation)
 static void finish(cl_operation *operation)
 {
     operation->exchange->finished = true;
-    if (cl_operation_start(operation) != CL_OK)
-        cl_control_fail_everywhere(operation, CL_NO_MEMORY, operation->engine->rank, "out of memory for the result");
-    else
-        cl_engine_replay(operation->engine, operation);
+    if (atomic_load_explicit(&operation->done, memory_order_relaxed))
+        return; /* it failed while telling the others */
+    cl_operation_start(operation);
+    cl_engine_replay(operation->engine, operation);
 }
 
 void cl_exchange_tell_children(cl_operation *operation, const cl_frame *frame, const void *payload)
@@ -224,7 +225,7 @@ static int enter_own(cl_operation *operation)
     return append(&exchange->up, operation->text, header.text_nbytes);
 }
 
-int cl_exchange_start(cl_operation *operation)
+static int make_exchange(cl_operation *operation)
 {
     const cl_request *r = &operation->request;
     operation->exchange = calloc(1, sizeof(cl_exchange));
@@ -237,9 +238,15 @@ int cl_exchange_start(cl_operation *operation)
     operation->exchange->nentries = (uint32_t)r->nmembers;
     int32_t first;
     operation->exchange->awaited = (uint32_t)children_of(operation, &first);
-    CL_TRY(enter_own(operation));
-    go_on_if_complete(operation);
-    return CL_OK;
+    return enter_own(operation);
+}
+
+void cl_exchange_start(cl_operation *operation)
+{
+    if (make_exchange(operation) == CL_OK)
+        go_on_if_complete(operation);
+    else
+        out_of_memory(operation);
 }
 
 bool cl_exchange_awaits(const cl_operation *operation, int32_t peer)
@@ -288,6 +295,8 @@ void cl_control_fail_everywhere(cl_operation *operation, int status, int32_t bla
         return;
     cl_frame frame = {.key = operation->request.key, .type = CL_FRAME_FAIL, .step = (uint32_t)blamed, .arg = (uint64_t)status};
     frame.nbytes = (uint32_t)strlen(text);
+    cl_operation_hold(operation); /* without memory to tell it, the engine is lost and fails it before we do */
     cl_engine_tell_all(operation->engine, &frame, text);
     cl_operation_fail(operation, status, blamed, text);
+    cl_operation_release(operation);
 }

@@ -93,50 +93,7 @@ void cl_engine_failed_key(cl_engine *engine, uint64_t key)
     (void)cl_table_put(&engine->failed, key, slot);
 }
 
-/* ---- frames of our own --------------------------------------------------------------------------------------- */
-
-void cl_outgoing_push(cl_outgoing_queue *queue, cl_outgoing *outgoing)
-{
-    outgoing->next = NULL;
-    if (queue->last != NULL)
-        queue->last->next = outgoing;
-    else
-        queue->first = outgoing;
-    queue->last = outgoing;
-}
-
-void cl_outgoing_remove(cl_outgoing_queue *queue, const cl_outgoing *outgoing)
-{
-    cl_outgoing *before = NULL;
-    cl_outgoing *at = queue->first;
-    while (at != NULL && at != outgoing) {
-        before = at;
-        at = at->next;
-    }
-    if (at == NULL)
-        return;
-    if (before == NULL)
-        queue->first = at->next;
-    else
-        before->next = at->next;
-    if (queue->last == at)
-        queue->last = before;
-}
-
-cl_outgoing *cl_outgoing_pop(cl_outgoing_queue *queue)
-{
-    cl_outgoing *outgoing = queue->first;
-    if (outgoing != NULL && (queue->first = outgoing->next) == NULL)
-        queue->last = NULL;
-    return outgoing;
-}
-
-void cl_outgoing_free(cl_outgoing *outgoing)
-{
-    if (outgoing != NULL)
-        free(outgoing->payload);
-    free(outgoing);
-}
+/* ---- feeding links ------------------------------------------------------------------------------------------- */
 
 void cl_engine_touch(cl_engine *engine, int32_t peer)
 {
@@ -144,77 +101,6 @@ void cl_engine_touch(cl_engine *engine, int32_t peer)
         return;
     engine->peers[peer].dirty = true;
     engine->dirty[engine->ndirty++] = peer;
-}
-
-/* A grant that has not left yet is brought up to date instead of followed by another. */
-static bool merge_grant(cl_peer *peer, const cl_frame *frame)
-{
-    cl_outgoing *last = peer->told.last;
-    if (last == NULL || frame->type != CL_FRAME_GRANT || last->frame.type != CL_FRAME_GRANT ||
-        last->frame.key != frame->key || last->frame.segment != frame->segment)
-        return false;
-    last->frame.arg = frame->arg;
-    return true;
-}
-
-void cl_engine_tell(cl_engine *engine, int32_t rank, const cl_frame *frame, const void *payload)
-{
-    cl_peer *peer = &engine->peers[rank];
-    if (peer->link == NULL || merge_grant(peer, frame))
-        return;
-    cl_outgoing *outgoing = calloc(1, sizeof(cl_outgoing));
-    if (outgoing != NULL && frame->nbytes > 0) {
-        outgoing->payload = malloc(frame->nbytes);
-        if (outgoing->payload == NULL) {
-            free(outgoing);
-            outgoing = NULL;
-        } else {
-            memcpy(outgoing->payload, payload, frame->nbytes);
-        }
-    }
-    if (outgoing == NULL) {
-        if (engine->health == CL_OK)
-            cl_engine_lost(engine, engine->rank, "out of memory for an outgoing message", false);
-        return;
-    }
-    outgoing->frame = *frame;
-    outgoing->frame.token = (uint64_t)(uintptr_t)outgoing;
-    engine->stats.grants += frame->type == CL_FRAME_GRANT;
-    cl_outgoing_push(&peer->told, outgoing);
-    cl_engine_touch(engine, rank);
-}
-
-void cl_engine_tell_all(cl_engine *engine, const cl_frame *frame, const void *payload)
-{
-    for (int32_t r = 0; r < engine->size; r++)
-        if (r != engine->rank && !engine->peers[r].left && !engine->peers[r].lost)
-            cl_engine_tell(engine, r, frame, payload);
-}
-
-/* ---- feeding links ------------------------------------------------------------------------------------------- */
-
-static bool pump_told(cl_engine *engine, cl_peer *peer)
-{
-    while (peer->told.first != NULL) {
-        cl_outgoing *outgoing = peer->told.first;
-        bool carries = outgoing->frame.nbytes > 0;
-        cl_outgoing_pop(&peer->told);
-        if (carries) /* before send: it may call sent at once */
-            cl_outgoing_push(&peer->leaving, outgoing);
-        if (peer->link->transport->send(peer->link, &outgoing->frame, outgoing->payload) != CL_OK) {
-            if (carries)
-                cl_outgoing_remove(&peer->leaving, outgoing);
-            outgoing->next = peer->told.first;
-            peer->told.first = outgoing;
-            if (peer->told.last == NULL)
-                peer->told.last = outgoing;
-            return false;
-        }
-        engine->stats.frames++;
-        if (!carries)
-            cl_outgoing_free(outgoing);
-    }
-    return true;
 }
 
 static void return_credit(cl_engine *engine, int32_t rank)
@@ -260,7 +146,7 @@ static bool pump(cl_engine *engine, int32_t rank)
     if (peer->link == NULL || peer->lost)
         return false;
     return_credit(engine, rank);
-    return pump_told(engine, peer) && engine->health == CL_OK && pump_one(engine, peer);
+    return cl_outgoing_pump(engine, peer) && engine->health == CL_OK && pump_one(engine, peer);
 }
 
 /* The peer whose next frame is the most urgent; frames of our own come before all data. */
@@ -269,7 +155,7 @@ static int32_t most_urgent(const cl_engine *engine)
     int32_t best = 0;
     for (int32_t i = 0; i < engine->ndirty; i++) {
         const cl_peer *peer = &engine->peers[engine->dirty[i]], *before = &engine->peers[engine->dirty[best]];
-        if (peer->told.first != NULL || peer->ready.count == 0)
+        if (cl_outgoing_waits(peer) || peer->ready.count == 0)
             return i; /* soon done with */
         if (before->ready.count > 0 && cl_ready_before(&peer->ready.entries[0], &before->ready.entries[0]))
             best = i;
@@ -344,11 +230,8 @@ static void fail_if_somebody_left(cl_engine *engine, cl_operation *operation)
 
 static void begin(cl_engine *engine, cl_operation *operation)
 {
-    bool exchanges = operation->request.members != NULL;
-    int status = exchanges ? cl_exchange_start(operation) : cl_operation_start(operation);
-    if (status != CL_OK)
-        cl_control_fail_everywhere(operation, status, engine->rank, "out of memory");
-    else if (!atomic_load_explicit(&operation->done, memory_order_relaxed))
+    (operation->request.members != NULL ? cl_exchange_start : cl_operation_start)(operation);
+    if (!atomic_load_explicit(&operation->done, memory_order_relaxed))
         cl_engine_replay(engine, operation);
 }
 
@@ -390,7 +273,8 @@ static void take_gates(cl_engine *engine)
     cl_operation *operation = atomic_exchange_explicit(&engine->gate_inbox, NULL, memory_order_acquire);
     while (operation != NULL) {
         cl_operation *next = operation->gate_next;
-        atomic_store_explicit(&operation->gate_queued, 0, memory_order_release);
+        /* An exchange, not a store: whoever found it still queued has opened his gates before what we read now. */
+        (void)atomic_exchange_explicit(&operation->gate_queued, 0, memory_order_acq_rel);
         if (!atomic_load_explicit(&operation->done, memory_order_relaxed))
             cl_operation_open_gates(operation);
         cl_operation_release(operation);
@@ -422,7 +306,7 @@ int cl_engine_progress(cl_engine *engine)
             continue;
         int moved = peer->link->transport->progress(peer->link);
         events += moved;
-        if (peer->told.first != NULL || peer->ready.count > 0)
+        if (cl_outgoing_waits(peer) || peer->ready.count > 0)
             cl_engine_touch(engine, r); /* what was refused is offered again */
     }
     events += cl_engine_has_submissions(engine);
@@ -442,6 +326,13 @@ void cl_engine_tick(cl_engine *engine)
 
 /* ---- the end ------------------------------------------------------------------------------------------------- */
 
+/* True if rank still listens to last words. */
+static bool says_goodbye_to(const cl_engine *engine, int32_t rank)
+{
+    const cl_peer *peer = &engine->peers[rank];
+    return peer->link != NULL && !peer->left && !peer->lost;
+}
+
 void cl_engine_lost(cl_engine *engine, int32_t rank, const char *reason, bool tell)
 {
     bool is_peer = rank >= 0 && rank < engine->size && rank != engine->rank;
@@ -453,11 +344,14 @@ void cl_engine_lost(cl_engine *engine, int32_t rank, const char *reason, bool te
         return; /* it had said goodbye; or the first loss is the one that is told */
     engine->health = CL_PEER_LOST;
     engine->blamed = rank;
-    snprintf(engine->health_text, sizeof engine->health_text, "rank %d was lost: %s", rank, reason);
-    if (tell) {
-        cl_frame frame = {.type = CL_FRAME_LOST, .arg = (uint64_t)rank, .nbytes = (uint32_t)strlen(reason)};
-        cl_engine_tell_all(engine, &frame, reason);
-    }
+    int length = snprintf(engine->health_text, sizeof engine->health_text, "rank %d was lost: ", rank);
+    engine->health_reason = engine->health_text + length;
+    snprintf(engine->health_text + length, sizeof engine->health_text - (size_t)length, "%s", reason);
+    for (int32_t r = 0; tell && r < engine->size; r++)
+        if (says_goodbye_to(engine, r)) {
+            engine->peers[r].owes_lost = true;
+            cl_engine_touch(engine, r);
+        }
     while (engine->first != NULL)
         cl_operation_fail(engine->first, CL_PEER_LOST, rank, engine->health_text);
     cl_tickets_close(engine, CL_PEER_LOST);
@@ -479,8 +373,11 @@ void cl_engine_leave(cl_engine *engine)
         cl_engine_tell_all(engine, &frame, text);
         cl_operation_fail(operation, CL_SHUTDOWN, engine->rank, "this communicator was shut down while it was in flight");
     }
-    cl_frame bye = {.type = CL_FRAME_BYE};
-    cl_engine_tell_all(engine, &bye, NULL);
+    for (int32_t r = 0; r < engine->size; r++)
+        if (says_goodbye_to(engine, r)) {
+            engine->peers[r].owes_bye = true;
+            cl_engine_touch(engine, r);
+        }
     cl_engine_flush(engine);
 }
 
@@ -489,27 +386,21 @@ size_t cl_engine_pending(cl_engine *engine)
     size_t pending = 0;
     for (int32_t r = 0; r < engine->size; r++) {
         const cl_peer *peer = &engine->peers[r];
-        if (peer->link != NULL && !peer->lost && !peer->left) /* who has left reads no more */
-            pending += peer->link->transport->pending(peer->link) + (peer->told.first != NULL);
+        if (says_goodbye_to(engine, r)) /* who has left reads nothing any more */
+            pending += peer->link->transport->pending(peer->link) + cl_outgoing_waits(peer);
     }
     return pending;
-}
-
-static void free_queue(cl_outgoing_queue *queue)
-{
-    for (cl_outgoing *outgoing; (outgoing = cl_outgoing_pop(queue)) != NULL;)
-        cl_outgoing_free(outgoing);
 }
 
 void cl_engine_close_links(cl_engine *engine)
 {
     for (int32_t r = 0; engine->peers != NULL && r < engine->size; r++) {
         cl_peer *peer = &engine->peers[r];
-        if (peer->link != NULL)
-            peer->link->transport->close(peer->link);
-        peer->link = NULL;
-        free_queue(&peer->told);
-        free_queue(&peer->leaving);
+        cl_link *link = peer->link;
+        peer->link = NULL; /* first: a child forked meanwhile by another thread must not meet a freed link */
+        if (link != NULL)
+            link->transport->close(link);
+        cl_outgoing_free_all(peer);
         cl_heap_free(&peer->ready);
         if (peer->keeping != NULL)
             cl_kept_free(peer->keeping);
@@ -531,6 +422,7 @@ void cl_engine_free(cl_engine *engine)
     if (engine == NULL)
         return;
     (void)cl_engine_shutdown(engine, 0);
+    take_gates(engine); /* opened while the end came */
     cl_runtime_free(engine);
     cl_shm_free(engine);
     cl_tickets_free(engine);

@@ -54,6 +54,12 @@ static cl_frame frame_of(const cl_operation *operation, uint8_t type, uint32_t s
     return (cl_frame){.key = operation->request.key, .type = type, .segment = segment, .meta = operation->meta};
 }
 
+/* Done, well or not: its memory is the caller's again. A cascade may find this out at any of its steps. */
+static bool is_over(const cl_operation *operation)
+{
+    return atomic_load_explicit(&operation->done, memory_order_relaxed);
+}
+
 static uint32_t first_dependent(const cl_plan *plan, uint32_t step)
 {
     return step == 0 ? 0 : plan->dependents_end[step - 1];
@@ -66,12 +72,14 @@ static void step_done(cl_operation *operation, uint32_t s, uint32_t step);
 static void push_ready(cl_operation *operation, uint32_t s, uint32_t step, cl_step_state how)
 {
     cl_engine *engine = operation->engine;
-    if (atomic_load_explicit(&operation->done, memory_order_relaxed))
-        return; /* it failed further up this cascade */
+    if (is_over(operation))
+        return;
     int32_t rank = operation->plan->steps[step].peer;
     cl_ready entry = {operation->request.priority, operation->sequence, s, step, operation};
     if (cl_heap_push(&engine->peers[rank].ready, entry) != CL_OK) {
-        cl_operation_fail(operation, CL_NO_MEMORY, engine->rank, "out of memory for the queue of sends");
+        if (how == CL_STEP_POSTED_EAGER)
+            engine->peers[rank].eager_used -= step_nbytes(operation, s, step);
+        cl_control_fail_everywhere(operation, CL_NO_MEMORY, engine->rank, "out of memory for the queue of sends");
         return;
     }
     operation->segments[s].state[step] = (uint8_t)how;
@@ -108,28 +116,35 @@ static void open_send(cl_operation *operation, uint32_t s, uint32_t step)
         push_ready(operation, s, step, CL_STEP_POSTED_EAGER);
 }
 
-/* Grants every leading receive from a peer that could be taken now. Grants are cumulative: the last one says it all. */
+/*
+ * Grants every leading receive from a peer that could be taken now. Grants are cumulative: the last one says it all. One
+ * that sets nothing free that travels is not told: its peer might have finished without it, and would keep it for ever.
+ */
 static void grant(cl_operation *operation, uint32_t s, uint32_t p)
 {
     cl_segment *segment = &operation->segments[s];
     const cl_plan_peer *peer = plan_peer(operation, p);
-    uint32_t before = segment->granted_in[p];
+    bool travels = false;
     while (segment->granted_in[p] < peer->nrecvs && segment->blocked[peer->recvs[segment->granted_in[p]]] == 0)
-        segment->granted_in[p]++;
-    if (segment->granted_in[p] == before || (operation->eager && !operation->wants[p]))
+        travels |= step_count(operation, s, peer->recvs[segment->granted_in[p]++]) > 0;
+    if (!travels || (operation->eager && !operation->wants[p]))
         return;
     cl_frame frame = frame_of(operation, CL_FRAME_GRANT, s);
     frame.arg = segment->granted_in[p];
     cl_engine_tell(operation->engine, peer->rank, &frame, NULL);
 }
 
+static bool feeds(const cl_kept *kept, const cl_plan *plan, uint32_t s, uint32_t step)
+{
+    return plan->steps[step].kind != CL_SEND && kept->peer == plan->steps[step].peer && kept->frame.segment == s &&
+           kept->frame.step == plan->pair_index[step];
+}
+
 static cl_kept *take_kept(cl_operation *operation, uint32_t s, uint32_t step)
 {
-    const cl_plan *plan = operation->plan;
     for (cl_kept **at = &operation->kept; *at != NULL; at = &(*at)->next) {
         cl_kept *kept = *at;
-        if (kept->peer == plan->steps[step].peer && kept->frame.segment == s &&
-            kept->frame.step == plan->pair_index[step]) {
+        if (feeds(kept, operation->plan, s, step)) {
             *at = kept->next;
             return kept;
         }
@@ -161,6 +176,8 @@ static void open_step(cl_operation *operation, uint32_t s, uint32_t step)
 {
     cl_segment *segment = &operation->segments[s];
     bool receives = operation->plan->steps[step].kind != CL_SEND;
+    if (is_over(operation))
+        return;
     segment->state[step] = CL_STEP_OPEN;
     if (!receives)
         unblock_dependents(operation, s, step);
@@ -197,7 +214,8 @@ static void finish_segment(cl_operation *operation, uint32_t s)
 
 static void complete_if_done(cl_operation *operation)
 {
-    if (operation->started && operation->segments_done == operation->nsegments && operation->unverified == 0)
+    bool finished = operation->started && operation->segments_done == operation->nsegments && operation->unverified == 0;
+    if (finished && !is_over(operation))
         cl_operation_complete(operation, CL_OK);
 }
 
@@ -216,7 +234,7 @@ static void step_done(cl_operation *operation, uint32_t s, uint32_t step)
         if (segment->waiting == NULL)
             return; /* the dependents' own dependents finished the segment */
     }
-    if (segment->remaining == 0 && segment->waiting != NULL)
+    if (segment->remaining == 0 && segment->waiting != NULL && !is_over(operation))
         finish_segment(operation, s);
 }
 
@@ -270,6 +288,8 @@ static void activate(cl_operation *operation, uint32_t s)
 {
     cl_segment *segment = &operation->segments[s];
     const cl_plan *plan = operation->plan;
+    if (is_over(operation))
+        return;
     segment->active = true;
     if (operation->started_s < 0)
         operation->started_s = operation->engine->clock(operation->engine->clock_argument);
@@ -295,7 +315,7 @@ static void announce(cl_operation *operation)
     for (uint32_t p = 0; p < plan->npeers; p++) {
         const cl_plan_peer *peer = &plan->peers[p];
         bool travels = operation->eager && peer->sends_first && step_count(operation, 0, peer->sends[0]) > 0;
-        if (travels)
+        if (travels && !operation->request.gated)
             continue;
         cl_frame frame = frame_of(operation, CL_FRAME_POST, operation->request.gated ? 0 : operation->nsegments);
         frame.arg = operation->eager ? 0 : peer->initial_grant;
@@ -303,7 +323,23 @@ static void announce(cl_operation *operation)
     }
 }
 
-int cl_operation_start(cl_operation *operation)
+/* A frame counts its bytes in 32 bits. The last segment is the longest, but for rounding to aligned borders. */
+static bool steps_fit(const cl_operation *operation)
+{
+    const uint64_t most = (UINT32_MAX - 4096) / cl_dtype_nbytes(operation->request.dtype);
+    uint64_t first, count;
+    if (operation->chunk_first == NULL && operation->request.count <= most)
+        return true;
+    for (uint32_t s = 0; s < operation->nsegments; s += operation->nsegments > 1 ? operation->nsegments - 1 : 1)
+        for (uint32_t i = 0; i < operation->plan->nsteps; i++) {
+            cl_chunks_of(operation, s, &operation->plan->steps[i], &first, &count);
+            if (count > most)
+                return false;
+        }
+    return true;
+}
+
+static int start(cl_operation *operation)
 {
     CL_TRY(cl_operation_layout(operation));
     const cl_request *r = &operation->request;
@@ -313,20 +349,32 @@ int cl_operation_start(cl_operation *operation)
     }
     if (r->kind == CL_TICKET)
         return cl_tickets_start(operation);
+    if (!steps_fit(operation))
+        return CL_INVALID;
     uint64_t nbytes = r->count * cl_dtype_nbytes(r->dtype);
     bool uneven = r->kind == CL_ALLGATHER || r->kind == CL_ALLTOALL;
-    operation->eager = !uneven && !r->gated && operation->nsegments == 1 && nbytes <= operation->engine->settings.eager_nbytes;
+    /* Of equal metadata alone, so that all ranks come to the same: they do not have to agree in what is gated. */
+    operation->eager = !uneven && operation->nsegments == 1 && nbytes <= operation->engine->settings.eager_nbytes;
     for (uint32_t s = 0; s < operation->nsegments; s++)
         CL_TRY(allocate_segment(operation, &operation->segments[s]));
     announce(operation);
     for (uint32_t s = 0; !r->gated && s < operation->nsegments; s++)
         activate(operation, s);
-    if (atomic_load_explicit(&operation->done, memory_order_relaxed))
+    if (is_over(operation))
         return CL_OK;
     operation->started = true;
     cl_operation_open_gates(operation);
     complete_if_done(operation);
     return CL_OK;
+}
+
+void cl_operation_start(cl_operation *operation)
+{
+    int status = start(operation);
+    if (status != CL_OK)
+        cl_control_fail_everywhere(operation, status, operation->engine->rank,
+                                   status == CL_INVALID ? "one of its steps moves 4 GiB or more: give it shorter segments"
+                                                        : "out of memory");
 }
 
 void cl_operation_open_gates(cl_operation *operation)
@@ -341,8 +389,6 @@ void cl_operation_open_gates(cl_operation *operation)
         if (operation->segments[s].active || !atomic_load_explicit(&operation->gates[s], memory_order_acquire))
             continue;
         activate(operation, s);
-        if (atomic_load_explicit(&operation->done, memory_order_relaxed))
-            return;
     }
     complete_if_done(operation);
 }
@@ -361,8 +407,8 @@ static void take_grant(cl_operation *operation, uint32_t s, uint32_t p, uint64_t
     const cl_plan_peer *peer = plan_peer(operation, p);
     if (segment->waiting == NULL)
         return;
-    uint32_t from = segment->granted_out[p];
-    segment->granted_out[p] = upto > peer->nsends ? peer->nsends : (uint32_t)upto;
+    uint32_t from = segment->granted_out[p], most = upto > peer->nsends ? peer->nsends : (uint32_t)upto;
+    segment->granted_out[p] = most > from ? most : from;
     for (uint32_t k = from; k < segment->granted_out[p]; k++)
         if (segment->state[peer->sends[k]] == CL_STEP_OPEN)
             push_ready(operation, s, peer->sends[k], CL_STEP_POSTED);
@@ -377,7 +423,7 @@ void cl_operation_on_post(cl_operation *operation, int32_t peer, const cl_frame 
     for (uint32_t s = 0; s < frame->segment && s < operation->nsegments; s++)
         if (frame->arg > 0)
             take_grant(operation, s, p, frame->arg);
-    if (frame->flags & CL_FLAG_WANT && !operation->wants[p]) {
+    if (frame->flags & CL_FLAG_WANT && !operation->wants[p] && !is_over(operation)) {
         operation->wants[p] = 1;
         cl_frame answer = frame_of(operation, CL_FRAME_GRANT, 0);
         answer.arg = operation->segments[0].waiting == NULL ? 0 : operation->segments[0].granted_in[p];
@@ -446,6 +492,13 @@ void cl_operation_keep(cl_operation *operation, cl_kept *kept)
         cl_operation_release(operation);
         return;
     }
+    if (status == CL_INVALID) {
+        int32_t peer = kept->peer;
+        cl_engine_return_credit(operation->engine, peer, &kept->frame);
+        cl_kept_free(kept);
+        cl_control_fail_everywhere(operation, CL_SYSTEM, peer, "a message came in that has no place in its plan");
+        return;
+    }
     kept->next = operation->kept;
     operation->kept = kept;
 }
@@ -459,6 +512,18 @@ const void *cl_operation_frame(cl_operation *operation, uint32_t segment, uint32
     frame->arg = step;
     frame->token = (uint64_t)(uintptr_t)operation;
     return cl_operation_place(operation, segment, step);
+}
+
+/* False too if its message has come and is kept, or if nothing travels: the peer's part is done. */
+static bool step_awaits(const cl_operation *operation, uint32_t s, uint32_t step)
+{
+    const cl_segment *segment = &operation->segments[s];
+    if ((segment->active && segment->state[step] == CL_STEP_DONE) || step_count(operation, s, step) == 0)
+        return false;
+    for (const cl_kept *kept = operation->kept; kept != NULL; kept = kept->next)
+        if (feeds(kept, operation->plan, s, step))
+            return false;
+    return true;
 }
 
 bool cl_operation_awaits(const cl_operation *operation, int32_t peer)
@@ -475,7 +540,7 @@ bool cl_operation_awaits(const cl_operation *operation, int32_t peer)
         if (segment->active && segment->waiting == NULL)
             continue;
         for (uint32_t i = 0; i < operation->plan->nsteps; i++)
-            if (operation->plan->peer_of[i] == p && (!segment->active || segment->state[i] != CL_STEP_DONE))
+            if (operation->plan->peer_of[i] == p && step_awaits(operation, s, i))
                 return true;
     }
     return false;
@@ -494,20 +559,33 @@ static void drop_kept(cl_operation *operation)
     }
 }
 
+/* Sends that have not begun give their eager budget back; those on the link go on without our memory. */
+static void withdraw_sends(cl_operation *operation, uint32_t p)
+{
+    int32_t rank = plan_peer(operation, p)->rank;
+    cl_peer *peer = &operation->engine->peers[rank];
+    for (size_t i = 0; i < peer->ready.count; i++) {
+        const cl_ready *entry = &peer->ready.entries[i];
+        if (entry->operation == operation && operation->segments[entry->segment].state[entry->step] == CL_STEP_POSTED_EAGER)
+            peer->eager_used -= step_nbytes(operation, entry->segment, entry->step);
+    }
+    cl_heap_remove(&peer->ready, operation);
+    if (operation->posted[p] > 0)
+        cl_engine_forget(operation->engine, rank, operation->request.key);
+    peer->posted_nbytes -= operation->posted[p];
+    operation->posted[p] = 0;
+    cl_engine_touch(operation->engine, rank); /* there is room for others, and no sent() will say so */
+}
+
 void cl_operation_fail(cl_operation *operation, int status, int32_t blamed, const char *text)
 {
     cl_engine *engine = operation->engine;
-    if (atomic_load_explicit(&operation->done, memory_order_relaxed))
+    if (is_over(operation))
         return;
-    for (uint32_t p = 0; operation->plan != NULL && p < operation->plan->npeers; p++) {
-        cl_peer *peer = &engine->peers[operation->plan->peers[p].rank];
-        cl_heap_remove(&peer->ready, operation);
-        if (operation->posted[p] > 0 && peer->link != NULL)
-            peer->link->transport->forget(peer->link, operation->request.key);
-        peer->posted_nbytes -= operation->posted[p];
-        operation->posted[p] = 0;
-    }
+    for (uint32_t p = 0; operation->plan != NULL && p < operation->plan->npeers; p++)
+        withdraw_sends(operation, p);
     cl_incoming_drop(engine, operation);
+    cl_early_drop(engine, operation->request.key);
     drop_kept(operation);
     if (operation->request.kind == CL_TICKET)
         cl_tickets_forget(operation);

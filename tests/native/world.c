@@ -1,4 +1,9 @@
 #define _GNU_SOURCE
+/*
+ * world.c: engines of several ranks over real links, and small plans of every kind for any number of ranks.
+ *
+ * It knows commlib.h only. The plans are the plainest that do their job: what is tested is the engine.
+ */
 #include "world.h"
 
 #include <arpa/inet.h>
@@ -47,10 +52,62 @@ static size_t ring_pass(cl_step *steps, int32_t size, int32_t rank, int32_t firs
     return count;
 }
 
+static size_t halve(cl_step *steps, int32_t size, int32_t rank)
+{
+    size_t count = 0;
+    int32_t first = 0, end = size, rounds = 0;
+    for (int32_t half = size / 2; half > 0; half /= 2, rounds++) {
+        int32_t middle = first + half;
+        bool low = rank < middle;
+        steps[count++] = (cl_step){CL_SEND, rank ^ half, low ? middle : first, low ? end : middle};
+        steps[count++] = (cl_step){CL_RECV_REDUCE, rank ^ half, low ? first : middle, low ? middle : end};
+        first = low ? first : middle;
+        end = low ? middle : end;
+    }
+    while (rounds-- > 0) { /* the same again backwards: what was given away comes back */
+        cl_step sent = steps[2 * rounds], got = steps[2 * rounds + 1];
+        steps[count++] = (cl_step){CL_SEND, sent.peer, got.first_chunk, got.end_chunk};
+        steps[count++] = (cl_step){CL_RECV, sent.peer, sent.first_chunk, sent.end_chunk};
+    }
+    return count;
+}
+
+static size_t send_to_all(cl_step *steps, int32_t size, int32_t rank, bool own)
+{
+    size_t count = 0;
+    for (int32_t i = 1; i < size; i++) {
+        int32_t to = (rank + i) % size, chunk = own ? rank : to;
+        steps[count++] = (cl_step){CL_SEND, to, chunk, chunk + 1};
+    }
+    return count;
+}
+
+static size_t take_from_all(cl_step *steps, int32_t size, int32_t rank, int32_t kind)
+{
+    size_t count = 0;
+    for (int32_t from = 0; from < size; from++) {
+        int32_t chunk = kind == CL_RECV ? from : rank;
+        if (from != rank)
+            steps[count++] = (cl_step){kind, from, chunk, chunk + 1};
+    }
+    return count;
+}
+
+static void plan_direct(world *w, int32_t rank)
+{
+    cl_step steps[4 * MAX_RANKS] = {{0}};
+    size_t count = send_to_all(steps, w->size, rank, false);
+    count += take_from_all(steps + count, w->size, rank, CL_RECV_REDUCE);
+    w->straight[rank] = pack(steps, count, w->size, 0);
+    count += send_to_all(steps + count, w->size, rank, true);
+    count += take_from_all(steps + count, w->size, rank, CL_RECV);
+    w->direct[rank] = pack(steps, count, w->size, 0);
+}
+
 static void plan_rank(world *w, int32_t rank)
 {
     int32_t size = w->size;
-    cl_step steps[4 * MAX_RANKS];
+    cl_step steps[4 * MAX_RANKS] = {{0}};
     size_t count = ring_pass(steps, size, rank, rank, CL_RECV_REDUCE);
     count += ring_pass(steps + count, size, rank, rank + 1, CL_RECV);
     w->ring[rank] = pack(steps, count, size, 0);
@@ -63,8 +120,12 @@ static void plan_rank(world *w, int32_t rank)
         steps[count++] = (cl_step){CL_SEND, rank ^ bit, 0, 1};
         steps[count++] = (cl_step){CL_RECV_REDUCE, rank ^ bit, 0, 1};
     }
-    if ((size & (size - 1)) == 0)
+    if ((size & (size - 1)) == 0) {
         w->exchange[rank] = pack(steps, count, 1, 0);
+        count = halve(steps, size, rank);
+        w->halving[rank] = pack(steps, count, size, 0);
+    }
+    plan_direct(w, rank);
     count = 0;
     for (int32_t i = 1; i < size; i++) {
         int32_t to = (rank + i) % size, from = (rank + size - i) % size;
@@ -144,6 +205,9 @@ void free_plans(world *w)
     for (int32_t r = 0; r < w->size; r++) {
         cl_plan_free(w->ring[r]);
         cl_plan_free(w->exchange[r]);
+        cl_plan_free(w->halving[r]);
+        cl_plan_free(w->direct[r]);
+        cl_plan_free(w->straight[r]);
         cl_plan_free(w->gather[r]);
         cl_plan_free(w->scatter[r]);
         cl_plan_free(w->shuffle[r]);

@@ -9,7 +9,7 @@
 
 #include "../../native/commlib.h"
 
-enum { MAX_RANKS = 8 };
+enum { MAX_RANKS = 12 };
 
 #define CHECK(condition)                                                                       \
     do {                                                                                       \
@@ -24,8 +24,11 @@ typedef struct {
     cl_engine *engines[MAX_RANKS];
     cl_plan *ring[MAX_RANKS];     /* all-reduce in `size` chunks */
     cl_plan *exchange[MAX_RANKS]; /* all-reduce of one chunk: everybody to everybody's neighbour, doubling; powers of two only */
+    cl_plan *halving[MAX_RANKS];  /* all-reduce in halves of halves, several chunks per step; powers of two only */
+    cl_plan *direct[MAX_RANKS];   /* all-reduce in two shots: every rank adds its own chunk, in rank order */
     cl_plan *gather[MAX_RANKS];   /* all-gather round the ring */
     cl_plan *scatter[MAX_RANKS];  /* reduce-scatter round the ring: chunk r ends at rank r */
+    cl_plan *straight[MAX_RANKS]; /* reduce-scatter in one shot: the first half of `direct` */
     cl_plan *shuffle[MAX_RANKS];  /* all-to-all */
     cl_plan *from_zero[MAX_RANKS]; /* broadcast from rank 0, one after the other */
 } world;
