@@ -1,7 +1,7 @@
 """Which algorithm and which segment size an operation gets: a pure function of what is equal on all ranks.
 
-The cheapest applicable algorithm by its closed form, unless the settings force one or have a table of choices. This file knows link classes and
-costs; it knows no algorithm by name, no engine and no clock.
+The cheapest applicable algorithm by its closed form, unless the settings force one or have a table of choices. This file
+knows link classes and costs; it knows no algorithm by name, no engine and no clock.
 """
 
 from typing import NamedTuple

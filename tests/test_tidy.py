@@ -11,7 +11,7 @@ CORE = ROOT / "commlib"
 # Lower layers first. A module may import modules of lower layers, and of its own layer unless it is said to be closed.
 LAYERS = [
     {"_native", "version"},
-    {"errors", "buffer", "names", "reduction", "settings", "timeline", "plan", "cost", "verify", "schedule", "models"},
+    {"errors", "buffer", "names", "reduction", "settings", "timeline", "plan", "cost", "verify", "fit", "schedule", "models"},
     {"algorithms"},
     {"bootstrap", "rendezvous", "rendezvous_wire", "rendezvous_server", "handshake", "connect"},
     {"engine", "control", "selection"},
@@ -21,6 +21,9 @@ LAYERS = [
     {"communicator"},
     {"session"},
     {"__init__", "launch"},
+    {"tune", "tune_report"},
+    {"commands"},
+    {"__main__"},
 ]
 TOUCH_NATIVE = {"engine", "simulate", "calibrate", "errors"}
 READ_ENVIRONMENT = {"bootstrap"}
