@@ -289,8 +289,9 @@ class Worker:
                 ticket = self._engine.next_ticket(_SLICE_S)
                 if ticket is not None:
                     self._carry_out(ticket)
-        except CommlibError:
-            self._mover.close()
+        except Exception as error:  # the engine has ended, as a rule
+            self._engine.fail(f"{self._mover.name} ended: {error}")
+        self._mover.close()
 
     def _carry_out(self, ticket):
         engine, operation = self._engine, ticket.operation

@@ -1,11 +1,7 @@
-"""Ranks that can import the test modules beside this file; never through the folder above, which would hide torch."""
-
-import os
+"""Fixtures of the adapter's tests: sets of ranks, for every backend."""
 
 import pytest
-from support import Ranks
-
-_HERE = os.path.dirname(os.path.abspath(__file__))
+from starting import start
 
 # What moves the bytes -> options of the ranks (COMMLIB_* variables). Every test on real ranks runs with each.
 BACKENDS = {"native": {}, "gloo": {"backend": "gloo"}}
@@ -26,10 +22,7 @@ def torch_ranks(backend):
         if size in sets and any(process.poll() is not None for process in sets[size].processes):
             sets.pop(size).__exit__(RuntimeError, None, None)
         if size not in sets:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [_HERE, os.environ.get("PYTHONPATH", "")])))
-                sets[size] = Ranks(size, initialize=False, **BACKENDS[backend])
-                sets[size].call("starting:initialize")
+            sets[size] = start(size, **BACKENDS[backend])
         return sets[size]
 
     yield get
