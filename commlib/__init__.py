@@ -116,7 +116,8 @@ broadcast_async, broadcast_async_ = _forward("broadcast_async"), _forward("broad
 allgather, allgather_async = _forward("allgather"), _forward("allgather_async")
 reducescatter, reducescatter_async = _forward("reducescatter"), _forward("reducescatter_async")
 alltoall, alltoall_async = _forward("alltoall"), _forward("alltoall_async")
-barrier = _forward("barrier")
+barrier, empty = _forward("barrier"), _forward("empty")
+prepare_allreduce_ = _forward("prepare_allreduce_")
 start_timeline, stop_timeline = _forward("start_timeline"), _forward("stop_timeline")
 
 __all__ = [
@@ -124,6 +125,6 @@ __all__ = [
     "PeerLeftError", "PeerLostError", "Product", "ReduceOp", "Settings", "ShutdownError", "StartError", "Sum",
     "__version__", "allgather", "allgather_async", "allreduce", "allreduce_", "allreduce_async", "allreduce_async_",
     "alltoall", "alltoall_async", "barrier", "broadcast", "broadcast_", "broadcast_async", "broadcast_async_",
-    "communicator", "cross_rank", "cross_size", "init", "is_homogeneous", "is_initialized", "local_rank", "local_size",
-    "rank", "reducescatter", "reducescatter_async", "shutdown", "size", "start_timeline", "stop_timeline",
+    "communicator", "cross_rank", "cross_size", "empty", "init", "is_homogeneous", "is_initialized", "local_rank", "local_size",
+    "prepare_allreduce_", "rank", "reducescatter", "reducescatter_async", "shutdown", "size", "start_timeline", "stop_timeline",
 ]  # fmt: skip

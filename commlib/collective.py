@@ -10,10 +10,13 @@ import threading
 import zlib
 
 from commlib.buffer import DTYPES
-from commlib.engine import KIND_CODES, NO_PLAN, native_plan, new_members, new_offsets, new_request, new_text, pointer_of
+from commlib.engine import (
+    KIND_CODES, NO_PLAN, copy_of_request, native_plan, new_members, new_offsets, new_request, new_text, pointer_of,
+)  # fmt: skip
 from commlib.handle import Flight, Handle
 from commlib.layout import Layout
 from commlib.names import Names
+from commlib.prepared import Prepared
 from commlib.reduction import Average
 from commlib.selection import select
 
@@ -60,7 +63,8 @@ class Submitter:
         self._described.clear()
 
     def submit(self, kind, name, source, target, *, priority=0, op=None, root=-1, scales=(1.0, 1.0), shape=None,
-               overlapped=False, splits=None, parts=None, finish=None, result=None):  # fmt: skip
+               overlapped=False, lazy=False, splits=None, parts=None, finish=None,
+               result=None):  # fmt: skip
         """Posts one operation and returns its handle.
 
         Args:
@@ -72,6 +76,7 @@ class Submitter:
             scales: (prescale, postscale) as the user wants them.
             shape: what must be equal on all ranks; the source's shape unless given.
             overlapped: one of many in flight: see `selection.select`.
+            lazy: the caller waits next, and moves the bytes itself.
             splits: elements per member, for the kinds that exchange them.
             parts: element offsets of the plan's chunks, for reduce-scatter.
             finish: makes the result of the handle; without it, `result` is the result.
@@ -82,7 +87,7 @@ class Submitter:
         self.engine.check_open()  # before the lock, which a thread of the parent may have held at the fork
         use = self._names.use(kind, name)
         if use.handle is not None:
-            self._free_name(kind, use)
+            self.free_name(kind, use)
         signature = (source.dtype, source.count, shape or source.shape, op, root, priority, scales, parts,
                      overlapped)  # fmt: skip
         with self._lock:
@@ -90,7 +95,7 @@ class Submitter:
                 self._describe(use, kind, signature)
             request = use.request
             key, number = use.next_key(), use.count
-            request.key = key
+            request.key, request.lazy = key, lazy
             request.input = pointer_of(source)
             if target is not None:
                 request.output = request.input if target is source else pointer_of(target)
@@ -109,6 +114,17 @@ class Submitter:
             use.handle = handle
         return handle
 
+    def prepare(self, kind, name, source, target, *, priority=0, op=None, scales=(1.0, 1.0), result=None):
+        """A Prepared of an operation on this memory; arguments as for `submit`."""
+        use = self._names.use(kind, name)
+        with self._lock:
+            self._describe(use, kind, (source.dtype, source.count, source.shape, op, -1, priority, scales, None, False))
+            request, keep = copy_of_request(use.request), use.keep
+        request.input = request.output = pointer_of(source)
+        if target is not source:
+            request.output = pointer_of(target)
+        return Prepared(self, use, kind, request, (keep, source, target), result)
+
     def close(self):
         """The engine was shut down: nothing is in flight any more."""
         self.flight.sweep()
@@ -120,7 +136,7 @@ class Submitter:
     def _post(self, handle, request):
         handle.operation = self.engine.submit(request)
 
-    def _free_name(self, kind, use):
+    def free_name(self, kind, use):
         """The last operation of a name may be done without anybody having noticed."""
         handle = use.handle
         if not handle.done():

@@ -10,7 +10,7 @@ from commlib.buffer import Buffer, as_buffer, copy_into, new_like, style_of, wri
 from commlib.collective import Submitter
 from commlib.control import Control
 from commlib.reduction import Average, check_op
-from commlib.results import Rows, exchanged
+from commlib.results import Rows, exchanged, new_shared
 from commlib.timeline import Timeline
 
 # Operations of others that still need this rank's last bytes get this long at close.
@@ -91,7 +91,7 @@ class Communicator:
                    timeout_s=None):  # fmt: skip
         """As `allreduce_async_`, and waits. Returns the array."""
         return self._allreduce(array, writable_buffer(array, "allreduce_"), False, name, op, priority,
-                               prescale_factor, postscale_factor).wait(timeout_s)  # fmt: skip
+                               prescale_factor, postscale_factor, lazy=True).wait(timeout_s)  # fmt: skip
 
     def allreduce(self, array, *, name=None, op=Average, priority=0, prescale_factor=1.0, postscale_factor=1.0,
                   timeout_s=None):  # fmt: skip
@@ -104,16 +104,59 @@ class Communicator:
             >>> commlib.shutdown()
         """
         return self._allreduce(array, as_buffer(array), True, name, op, priority,
-                               prescale_factor, postscale_factor).wait(timeout_s)  # fmt: skip
+                               prescale_factor, postscale_factor, lazy=True).wait(timeout_s)  # fmt: skip
 
-    def _allreduce(self, array, source, is_new, name, op, priority, prescale, postscale, overlapped=False):
+    def prepare_allreduce_(self, array, *, name, op=Average, priority=0, prescale_factor=1.0, postscale_factor=1.0):
+        """An in-place all-reduce of one array, to be called again and again: `allreduce_` at the cost of a call into C.
+
+        The array's memory is remembered: write new values into it between calls. Timelines do not show these operations.
+
+        Args:
+            array, op, priority, prescale_factor, postscale_factor: as for `allreduce_async_`.
+            name: needed, and for this alone.
+
+        Returns:
+            A Prepared; calling it returns the array.
+        """
+        buffer = writable_buffer(array, "allreduce_")
+        check_op(op, buffer.dtype)
+        if type(name) is not str:
+            raise TypeError(f"a prepared operation needs a name, a string, not {name!r}")
+        if self.backend != "native":
+            return partial(self.allreduce_, array, name=name, op=op, priority=priority, prescale_factor=prescale_factor,
+                           postscale_factor=postscale_factor)  # fmt: skip
+        return self._submitter.prepare("allreduce", name, buffer, buffer, priority=priority, op=op,
+                                       scales=(float(prescale_factor), float(postscale_factor)), result=array)  # fmt: skip
+
+    def empty(self, shape, dtype="float32"):
+        """A new array of zeros in memory that all ranks of this host map: collectives on it copy nothing between them.
+
+        Reductions read it where it lies. It is ordinary memory where no other rank is on this host, where links are tcp, and
+        where `ulimit -v` or `-f` forbid a shared heap. It may outlive the communicator.
+
+        Args:
+            shape: an int or a tuple.
+            dtype: of NumPy.
+
+        Raises:
+            MemoryError: there is no memory.
+
+        Example:
+            >>> import commlib
+            >>> commlib.init().empty((2, 3)).sum()
+            np.float32(0.0)
+            >>> commlib.shutdown()
+        """
+        return new_shared(self._engine.shared_memory, shape, dtype)
+
+    def _allreduce(self, array, source, is_new, name, op, priority, prescale, postscale, overlapped=False, lazy=False):
         check_op(op, source.dtype)
         scales = (float(prescale), float(postscale))
         result, target = (array, source)
         if is_new:
             result, target = new_like(style_of(array, source), source.shape, source.dtype)
         return self._submitter.submit("allreduce", name, source, target, priority=priority, op=op, scales=scales,
-                                      overlapped=overlapped, result=result)  # fmt: skip
+                                      overlapped=overlapped, lazy=lazy, result=result)  # fmt: skip
 
     # ---- broadcast -------------------------------------------------------------------------------------------
 

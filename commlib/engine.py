@@ -169,6 +169,26 @@ class Engine:
             if status != lib.CL_AGAIN or left_ms <= 0:
                 return status
 
+    def run(self, request):
+        """Submits a request and waits a moment. Returns None when it is done well, else the operation, still held."""
+        if self.forked or self.closed:
+            self.check_open()
+        status = lib.cl_run(self.pointer, request, _SLICE_MS, self._out)
+        if status == lib.CL_OK:
+            return None
+        if self._out[0] == ffi.NULL:
+            raise error_of(status, _REFUSED if status == lib.CL_INVALID else "")
+        return self._out[0]
+
+    def shared_memory(self, nbytes):
+        """A writable buffer of zeros in memory that all ranks of this host map, freed with its last user; None: no such memory."""
+        block = ffi.new("cl_shared **")
+        if self.forked or lib.cl_shared_new(self.pointer, nbytes, block) != lib.CL_OK:
+            return None
+        block = block[0]
+        address = ffi.gc(lib.cl_shared_address(block), lambda _: lib.cl_shared_free(block), nbytes)
+        return ffi.buffer(address, nbytes)
+
     def done(self, operation):
         """True if the operation is done, well or not."""
         if self.forked:
@@ -239,6 +259,11 @@ def operation_error(operation):
 def new_request():
     """An empty cl_request."""
     return ffi.new("cl_request *")
+
+
+def copy_of_request(request):
+    """A cl_request of its own; what it points to is the other's to keep."""
+    return ffi.new("cl_request *", request[0])
 
 
 def new_text(text):

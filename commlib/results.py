@@ -29,6 +29,17 @@ class EngineMemory:
         }  # fmt: skip
 
 
+def new_shared(allocate, shape, dtype):
+    """An array of zeros over memory from allocate(nbytes), or ordinary memory where that gives None."""
+    dtype = numpy.dtype(dtype)
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = allocate(nbytes) if nbytes else None
+    if memory is None:
+        return numpy.zeros(shape, dtype)
+    return numpy.frombuffer(memory, dtype).reshape(shape)
+
+
 def exchanged(handle):
     """Everybody's bytes as a list, in rank order."""
     memory = EngineMemory(handle, 1)

@@ -196,6 +196,12 @@ int cl_operation_ready(cl_operation *operation, uint32_t first, uint32_t end);
  * Returns CL_AGAIN on time-out, else the operation's status. A timed-out operation goes on.
  */
 int cl_operation_wait(cl_operation *operation, int32_t timeout_ms);
+/*
+ * cl_submit (lazy, whatever the request says) and cl_operation_wait in one call, for operations that are made again and again.
+ * Returns the operation's status, CL_AGAIN on time-out. Out: *operation is NULL after CL_OK, and if there is none
+ * (CL_INVALID, CL_FORKED, CL_NO_MEMORY); else it is held by the caller, who may wait on or ask for the error.
+ */
+int cl_run(cl_engine *engine, const cl_request *request, int32_t timeout_ms, cl_operation **operation);
 /* 1 if the operation is done, well or not. */
 int cl_operation_done(cl_operation *operation);
 /* CL_AGAIN while it runs, else its status; *text (never NULL) lives as long as the operation; *peer: the rank to blame or -1. */

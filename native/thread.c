@@ -349,7 +349,7 @@ static void fail_submissions(cl_engine *engine)
     disown(engine);
 }
 
-int cl_submit(cl_engine *engine, const cl_request *request, cl_operation **out)
+static int submit(cl_engine *engine, const cl_request *request, bool lazy, cl_operation **out)
 {
     cl_operation *operation;
     if (atomic_load_explicit(&engine->forked, memory_order_relaxed))
@@ -362,11 +362,16 @@ int cl_submit(cl_engine *engine, const cl_request *request, cl_operation **out)
     do
         operation->inbox_next = head;
     while (!atomic_compare_exchange_weak(&engine->inbox, &head, operation));
-    if (engine->wake != NULL && !request->lazy)
+    if (engine->wake != NULL && !lazy)
         engine->wake(engine);
     if (atomic_load(&engine->ended))
         fail_submissions(engine);
     return CL_OK;
+}
+
+int cl_submit(cl_engine *engine, const cl_request *request, cl_operation **out)
+{
+    return submit(engine, request, request->lazy, out);
 }
 
 int cl_operation_ready(cl_operation *operation, uint32_t first, uint32_t end)
@@ -453,6 +458,18 @@ int cl_operation_wait(cl_operation *operation, int32_t timeout_ms)
             return operation->status;
     }
     return CL_AGAIN;
+}
+
+int cl_run(cl_engine *engine, const cl_request *request, int32_t timeout_ms, cl_operation **out)
+{
+    *out = NULL;
+    CL_TRY(submit(engine, request, true, out));
+    int status = cl_operation_wait(*out, timeout_ms);
+    if (status == CL_OK) {
+        cl_operation_release(*out);
+        *out = NULL;
+    }
+    return status;
 }
 
 int cl_operation_done(cl_operation *operation)

@@ -15,7 +15,7 @@ LAYERS = [
     {"algorithms"},
     {"bootstrap", "rendezvous", "rendezvous_wire", "rendezvous_server", "handshake", "connect"},
     {"engine", "control", "selection"},
-    {"calibrate", "layout", "handle", "results", "simulate"},
+    {"calibrate", "layout", "handle", "prepared", "results", "simulate"},
     {"collective"},
     {"tickets"},
     {"communicator"},
