@@ -15,7 +15,7 @@ import torch
 from commlib.torch.groups import LADDER, Gradient, Group, Phase, members_of_groups
 from commlib.torch.order import FirstUse
 from commlib.torch.presence import Presence
-from commlib.torch.tensors import check_tensor
+from commlib.torch.tensors import buffer_of, check_tensor, real_view
 
 _log = logging.getLogger("commlib.torch")
 
@@ -105,7 +105,7 @@ class GradientExchange:
 
     def track(self, parameter, name):
         """Sends this parameter's gradients from now on. Returns its Gradient."""
-        check_tensor(parameter, f"parameter {name!r}")
+        check_tensor(real_view(parameter), f"parameter {name!r}")
         gradient = Gradient(parameter, name, len(self.gradients))
         self.gradients.append(gradient)
         self.first_use.add()
@@ -130,6 +130,19 @@ class GradientExchange:
         group = Group(members, self.prefix, self._options)
         group.rest(self.passes)
         self.groups.append(group)
+
+    def check_complete(self, param_groups):
+        """Refuses to step if the optimizer has got or lost parameters behind our back.
+
+        Raises:
+            RuntimeError: it has another number of parameters than are tracked.
+        """
+        count = sum(len(group["params"]) for group in param_groups)
+        if self.gradients and count != len(self.gradients):
+            raise RuntimeError(
+                f"the optimizer has {count} parameters, but {len(self.gradients)} are known to DistributedOptimizer: "
+                "add parameters with optimizer.add_param_group(...), on every rank"
+            )
 
     def set_passes(self, passes):
         """How many backward passes accumulate locally before a gradient is sent, from now on."""
@@ -192,7 +205,7 @@ class GradientExchange:
                 absent.append(gradient)
         self._wants |= any(not gradient.parameter.requires_grad for gradient in absent)
         self._wants |= self.first_use.end_step()
-        self.regroup_due = not self.first_use.cohorts or self._presence.wanted()
+        self.regroup_due = self.regroup_due or not self.first_use.cohorts or self._presence.wanted()
         wants = self._wants and not self.regroup_due
         self._presence.send(len(self.gradients), [gradient.number for gradient in absent], wants)
         for group in idle:
@@ -222,7 +235,7 @@ class GradientExchange:
         self.groups.remove(group)
         self._wants = True
         for gradient in group.gradients:
-            check_tensor(gradient.parameter, f"parameter {gradient.name!r}")
+            check_tensor(real_view(gradient.parameter), f"parameter {gradient.name!r}")
             absent = gradient.absent
             self._add_group([gradient])
             gradient.absent = absent
@@ -241,7 +254,7 @@ class GradientExchange:
             )
         if tensor.is_sparse:
             tensor = gradient.parameter.grad = tensor.to_dense()
-        check_tensor(tensor, f"the gradient of {gradient.name!r}")
+        check_tensor(real_view(tensor), f"the gradient of {gradient.name!r}")
         return tensor
 
     # ---- receiving
@@ -331,6 +344,22 @@ class GradientExchange:
         """
         if self.flying:
             raise AssertionError(ZEROED_IN_FLIGHT)
+
+    def reduce_value(self, tensor, name):
+        """Reduces a tensor that belongs to the gradients, such as their loss, as they are; in place."""
+        options = {**self._options, "name": self.prefix + name}
+        self.communicator.allreduce_async_(buffer_of(tensor), **options).wait()
+
+    def land(self, deadline_s):
+        """Waits until no operation is on its way, without a look at the results.
+
+        Raises:
+            TimeoutError: it is past `deadline_s` on the monotonic clock.
+            CommlibError: another rank was lost or has left.
+        """
+        for handle in [group.handle for group in self.groups] + [self._presence.handle] if self.gradients else []:
+            if handle is not None:
+                handle.wait(max(0.0, deadline_s - time.monotonic()))
 
     # ---- order and groups
 

@@ -142,7 +142,7 @@ class Group:
             wanted.append(index)
         if self._buffer is None:
             tensor, wire, self._wire = self.gradients[0].tensor, self._wire, None
-            if tensor is not None and not tensor.is_contiguous():
+            if tensor is not None and tensor.data_ptr() != wire.data_ptr():
                 tensor.copy_(wire)
         elif wanted:
             tensors = [self.gradients[index].tensor for index in wanted]

@@ -15,15 +15,12 @@ class DistributedMethods:
     def step(self, closure=None):
         """Makes one step with the gradients of all ranks.
 
-        Raises:
-            ValueError: a closure was passed, or a GradScaler left its marks on a fused optimizer: not supported yet.
+        Args:
+            closure: as for the user's own step: it computes the loss and its gradients. After every call of it the
+                gradients are reduced over all ranks, and so is the loss, which step() then returns. step() waits.
         """
-        if closure is not None:
-            raise ValueError("step(closure) is not supported yet by commlib.torch.DistributedOptimizer")
-        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
-            raise ValueError("a fused optimizer with a GradScaler is not supported yet: make it with fused=False")
         self._opt_called = True  # a learning-rate scheduler asks for it
-        return self._commlib.step()
+        return self._commlib.step(closure)
 
     # Torch and its schedulers patch `step` unless it carries these marks; the real step below has been patched already.
     step.hooked = True
@@ -47,6 +44,23 @@ class DistributedMethods:
             yield
         finally:
             self._commlib.should_synchronize = True
+
+    @contextmanager
+    def no_sync(self):
+        """Within this context backward only accumulates on this rank; the first backward after it sends the sum.
+
+        Example:
+            >>> with optimizer.no_sync():  # doctest: +SKIP
+            ...     loss_of(first_half).backward()
+            >>> loss_of(second_half).backward()  # doctest: +SKIP
+            >>> optimizer.step()  # doctest: +SKIP
+        """
+        exchange = self._commlib.exchange
+        before, exchange.paused = exchange.paused, True
+        try:
+            yield
+        finally:
+            exchange.paused = before
 
     def zero_grad(self, set_to_none=True):
         """Resets all gradients.
@@ -84,6 +98,9 @@ class DistributedMethods:
 
     @state.setter
     def state(self, state):
+        if "_commlib" in self.__dict__:
+            self._commlib.finish_updates()
+            self._commlib.probe_again()
         self.__dict__["state"] = state
 
     def state_dict(self):
@@ -94,16 +111,14 @@ class DistributedMethods:
     def load_state_dict(self, state_dict):
         """The user's own load_state_dict, once all updates are made."""
         self._commlib.finish_updates()
-        self._commlib.forget()
         self._commlib.real_class.load_state_dict(self, state_dict)
+        self._commlib.probe_again()
 
     def add_param_group(self, param_group):
-        """Not supported yet.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("add_param_group after DistributedOptimizer is not supported yet: add it before wrapping")
+        """The user's own add_param_group, on every rank. With `model=` the new parameters become rank 0's."""
+        self._commlib.finish_updates()
+        self._commlib.real_class.add_param_group(self, param_group)
+        self._commlib.added(self.param_groups[-1]["params"])
 
     def __reduce_ex__(self, protocol):
         """Copies and pickles are the user's own optimizer."""

@@ -4,17 +4,21 @@ This file checks arguments, finds names for parameters and puts the parts togeth
 user's: its class is swapped for a run-time subclass, so schedulers made before and after hold the same object.
 """
 
-from collections import Counter
+from functools import partial
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 import commlib
+from commlib.torch import landing
 from commlib.torch.gradients import GradientExchange
 from commlib.torch.limits import Compression, check_compression, check_op, check_process_set, global_process_set
 from commlib.torch.methods import DistributedMethods
+from commlib.torch.naming import Names
 from commlib.torch.overlapping import Overlapping
 from commlib.torch.state import broadcast_optimizer_state, broadcast_parameters
+from commlib.torch.tensors import overlapping_pair
 from commlib.torch.waiting import Waiting
 
 
@@ -53,7 +57,8 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
         sparse_as_dense: turn sparse gradients into dense ones.
         model: the nn.Module that is trained, instead of named_parameters.
         overlap_forward: with model, False makes step() wait.
-        name: put before the names of operations; for several optimizers whose parameters have equal names.
+        name: put before the names of operations; "": a prefix by the order in which optimizers are wrapped, which must be
+            the same on all ranks.
 
     Returns:
         The optimizer, now of a subclass of its class, with synchronize(), skip_synchronize(), report() and priorities.
@@ -83,35 +88,52 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     if type(backward_passes_per_step) is not int or backward_passes_per_step < 1:
         raise ValueError(f"backward_passes_per_step must be an int of at least 1, not {backward_passes_per_step!r}")
     _check_objects(optimizer, model, named_parameters)
+    communicator = commlib.communicator()
     exchange = GradientExchange(
-        commlib.communicator(),
+        communicator,
         op=check_op(op),
         passes=backward_passes_per_step,
         sparse_as_dense=sparse_as_dense,
         presence=model is not None,
-        prefix=f"{name}." if name else "",
+        prefix=f"{name}." if name else prefix_of(communicator),
         **_scales(op, gradient_predivide_factor),
     )
-    if model is not None and exchange.communicator.size > 1:
-        broadcast_parameters([*model.named_parameters(), *model.named_buffers()], root_rank=0)
+    names = Names(model, named_parameters)
+    names.check(trained_by(optimizer))
+    share = None
+    if model is not None and communicator.size > 1:
+        loose = [parameter for parameter in trained_by(optimizer) if parameter not in set(model.parameters())]
+        broadcast_parameters([*model.named_parameters(), *model.named_buffers(), *loose], root_rank=0)
         broadcast_optimizer_state(optimizer, root_rank=0)
-    return wrap(optimizer, exchange, named_parameters_of(optimizer, model, named_parameters), model, overlap_forward)
+        share = partial(broadcast_parameters, root_rank=0)
+    landing.watch(communicator, exchange)
+    return wrap(optimizer, exchange, names, model, overlap_forward, share)
 
 
-def wrap(optimizer, exchange, named_parameters, model=None, overlap_forward=True):
+def prefix_of(communicator):
+    """What goes before the names of the next optimizer's operations: nothing for the first of a communicator."""
+    number = getattr(communicator, "optimizers_wrapped", 0)
+    communicator.optimizers_wrapped = number + 1
+    return f"optimizer {number}." if number else ""
+
+
+def wrap(optimizer, exchange, names, model=None, overlap_forward=True, share=None):
     """Puts a distributed optimizer together from parts that were checked; communicates nothing. Returns the optimizer.
 
     Args:
         optimizer: the user's optimizer.
         exchange: a GradientExchange that tracks nothing yet.
-        named_parameters: (name, parameter) of everything that the optimizer trains.
+        names: Names for its parameters.
         model, overlap_forward: as for DistributedOptimizer.
+        share: share(parameters) gives parameters that are added later rank 0's values; None: they stay as they are.
     """
+    named_parameters = names.of(trained_by(optimizer))
     # What somebody put on the instance is the real step; a scheduler's patch is not needed, as methods.py has its mark.
     patched = vars(optimizer).pop("step", None)
     is_schedulers = getattr(patched, "_wrapped_by_lr_sched", False)
     real_class = type(optimizer)
-    whole_step = (lambda: real_class.step(optimizer)) if patched is None or is_schedulers else patched
+    is_own = patched is None or is_schedulers
+    whole_step = (lambda *closure: real_class.step(optimizer, *closure)) if is_own else patched
     if exchange.communicator.size > 1:
         for name, parameter in named_parameters:
             exchange.track(parameter, name)
@@ -122,7 +144,12 @@ def wrap(optimizer, exchange, named_parameters, model=None, overlap_forward=True
         if whole_step is patched:
             replacement = getattr(patched, "__qualname__", patched)
             reason = f"optimizer.step had been replaced by {replacement!r} before wrapping"
+        overlapping = overlapping_pair(named_parameters)
+        if overlapping is not None:
+            reason = "parameters {!r} and {!r} share memory".format(*overlapping)
         optimizer._commlib = Overlapping(optimizer, exchange, whole_step, model, reason)
+    optimizer._commlib.name_new = names.of
+    optimizer._commlib.share = share
     namespace = {name: getattr(real_class, name) for name in ("__module__", "__qualname__", "__doc__")}
     optimizer.__class__ = type(real_class.__name__, (DistributedMethods, real_class), namespace)
     return optimizer
@@ -133,6 +160,11 @@ def _check_objects(optimizer, model, named_parameters):
         raise TypeError(f"DistributedOptimizer needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if isinstance(optimizer, DistributedMethods):
         raise ValueError("this optimizer is a DistributedOptimizer already")
+    if any(is_lazy(parameter) for parameter in trained_by(optimizer)):
+        raise ValueError(
+            "a lazy module has no parameters yet: run one batch through the model on every rank, then make the optimizer "
+            "and its DistributedOptimizer"
+        )
     if model is None:
         return
     if named_parameters is not None:
@@ -154,28 +186,6 @@ def _scales(op, gradient_predivide_factor):
     return {"prescale_factor": 1.0 / gradient_predivide_factor, "postscale_factor": gradient_predivide_factor}
 
 
-def named_parameters_of(optimizer, model, named_parameters):
-    """(name, parameter) of everything that the optimizer trains, in the order of its groups."""
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if model is not None:
-        name_of = {parameter: name for name, parameter in model.named_parameters()}
-        return [(name_of.get(parameter, f"outside.{index}"), parameter) for index, parameter in enumerate(trained)]
-    if named_parameters is None:
-        return [(f"allreduce.noname.{index}", parameter) for index, parameter in enumerate(trained)]
-    named_parameters = list(named_parameters)
-    if any(not isinstance(pair, tuple) for pair in named_parameters):
-        raise ValueError(
-            "named_parameters should be a sequence of tuples (name, parameter), usually produced by "
-            "model.named_parameters()."
-        )
-    twice = sorted(name for name, uses in Counter(name for name, _ in named_parameters).items() if uses > 1)
-    if twice:
-        raise ValueError(f"Parameter names in named_parameters must be unique. Found duplicates: {', '.join(twice)}")
-    name_of = {parameter: name for name, parameter in named_parameters}
-    unnamed = [index for index, parameter in enumerate(trained) if parameter not in name_of]
-    if unnamed:
-        raise ValueError(
-            "named_parameters was specified, but one or more model parameters were not named: those at places "
-            f"{', '.join(map(str, unnamed))} of the optimizer's groups"
-        )
-    return [(name_of[parameter], parameter) for parameter in trained]
+def trained_by(optimizer):
+    """Every parameter of an optimizer, in the order of its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

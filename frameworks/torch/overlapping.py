@@ -10,6 +10,7 @@ import logging
 import time
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from commlib.torch.bundles import as_users_own, group_indices, groups_of, snapshot, step_groups
 from commlib.torch.gates import Gates
@@ -43,6 +44,7 @@ class Overlapping(Waiting):
         self.guards = Guards(self.gates.before_read, self._before_gradient)
         exchange.departing = self._guard_after_backward
         self._install_gates()
+        self._forced = reason is not None
         if reason is not None:
             self._probed = self._waits = True
             self.fallbacks.append(reason)
@@ -69,13 +71,14 @@ class Overlapping(Waiting):
 
     # ---- step
 
-    def step(self):
+    def step(self, closure=None):
         """Claims all gradients and returns; or, with a reason to wait, makes the whole step."""
+        self.exchange.check_complete(self.optimizer.param_groups)
         self._release()
         self.finish_updates()  # of parameters that nobody has read since the last step
         self.account()  # of the last step, whose waits came after it
         self.meter.steps += 1
-        result = self._put_off() if self._may_put_off() else self._whole()
+        result = self._put_off() if closure is None and self._may_put_off() else self._whole(closure)
         if self.exchange.regroup_due:
             self.finish_updates()
             self._regroup()
@@ -86,9 +89,14 @@ class Overlapping(Waiting):
             return False  # the first step: there are no groups yet
         if not self._probed:
             self._probe()
-        if self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks:
+        hooks = (self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks,
+                 _global_optimizer_pre_hooks, _global_optimizer_post_hooks)  # fmt: skip
+        if any(hooks):
             self._waits = True
             self._say("the optimizer has step hooks, which see whole steps")
+        if getattr(self.optimizer, "found_inf", None) is not None:
+            self._say("GradScaler leaves scaling to the fused step, which is made at once")
+            return False
         return not self._waits
 
     def _probe(self):
@@ -109,12 +117,16 @@ class Overlapping(Waiting):
                 if not self._ungated.isdisjoint(group.gradients):
                     self.open(group)
 
-    def _whole(self):
-        self.exchange.synchronize()
+    def _whole(self, closure=None):
+        if closure is None:
+            self.exchange.synchronize()
+        else:
+            self._say("step(closure) computes gradients itself")
         self._updating = True
         try:
-            return self.whole_step()
+            return self.whole_step() if closure is None else self.whole_step(self.reducing(closure))
         finally:
+            self._release()
             self._updating = False
             for gradient in self.exchange.gradients:
                 gradient.parameter.grad = None  # as if put off: zero_grad(set_to_none=False) makes no difference
@@ -134,6 +146,10 @@ class Overlapping(Waiting):
         self.gates.read = set() if exchange.first_use.arrivals is not None else None
         if not self._waits:
             self._probed = False
+
+    def _reduce_now(self):
+        self._release()
+        self.exchange.synchronize()
 
     # ---- what is pending
 
@@ -187,6 +203,17 @@ class Overlapping(Waiting):
         """Makes all updates still to come, and waits for all gradients that are on their way."""
         self.finish_updates()
         self._settle()
+
+    def probe_again(self):
+        """State, groups or options were replaced: whether updates may be put off is to be found out anew."""
+        if not self._forced:
+            self._probed = self._waits = False
+
+    def added(self, parameters):
+        """Parameters were added to the optimizer, on every rank."""
+        super().added(parameters)
+        self._install_gates()
+        self.probe_again()
 
     def _settle(self):
         """Gradients are about to be seen: those on their way are waited for."""

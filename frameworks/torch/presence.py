@@ -15,16 +15,19 @@ class Presence:
     Args:
         communicator: the core's communicator.
         name: of the operation.
+
+    Attributes:
+        handle: of the operation that was sent last; None: there was none.
     """
 
     def __init__(self, communicator, name):
         self._communicator = communicator
         self._name = name
-        self._counts = self._buffer = self._handle = None
+        self._counts = self._buffer = self.handle = None
 
     def wanted(self):
         """Whether a rank wanted new groups in the last step; its operation is done when that step's gradients are."""
-        return self._handle is not None and bool(self._landed()[-1])
+        return self.handle is not None and bool(self._landed()[-1])
 
     def send(self, count, absent, wants):
         """Tells all ranks about this one's step.
@@ -41,7 +44,7 @@ class Presence:
         self._counts.fill_(1)
         for number in (*absent, *(() if wants else (count,))):
             self._counts[number] = 0
-        self._handle = self._communicator.allreduce_async_(
+        self.handle = self._communicator.allreduce_async_(
             self._buffer, name=self._name, op=commlib.Sum, overlapped=True
         )
 
@@ -50,6 +53,6 @@ class Presence:
         return bool(self._landed()[number])
 
     def _landed(self):
-        if self._handle is not None:
-            self._handle.wait()
+        if self.handle is not None:
+            self.handle.wait()
         return self._counts

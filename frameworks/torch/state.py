@@ -11,6 +11,7 @@ import commlib
 from commlib.torch.collectives import allgather, broadcast_
 from commlib.torch.limits import check_process_set, global_process_set
 from commlib.torch.operations import broadcast_async_
+from commlib.torch.tensors import real_view
 
 
 def broadcast_parameters(params, root_rank):
@@ -41,7 +42,7 @@ def broadcast_parameters(params, root_rank):
     for name, tensor in pairs:
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name!r} is a {type(tensor).__name__}, not a tensor: use broadcast_object for it")
-    handles = [broadcast_async_(tensor.detach(), root_rank, name) for name, tensor in pairs]
+    handles = [broadcast_async_(real_view(tensor.detach()), root_rank, name) for name, tensor in pairs]
     for handle in handles:
         handle.wait()
 

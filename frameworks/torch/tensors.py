@@ -41,15 +41,36 @@ def check_tensor(tensor, what):
 
 
 def contiguous(tensor):
-    """The tensor itself where its elements lie in order, else a copy that does; outside of autograd."""
-    tensor = tensor.detach()
+    """The tensor itself where its elements lie in order as they are, else a copy that does; outside of autograd."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
+def real_view(tensor):
+    """A complex tensor as pairs of reals; another as it is. Sums and averages of the one are those of the other."""
+    return torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor
+
+
 def buffer_of(tensor):
-    """The memory of a contiguous CPU tensor as a Buffer, which keeps the tensor alive."""
+    """The memory of a contiguous CPU tensor as a Buffer, which keeps the tensor alive; complex as pairs of reals."""
+    tensor = real_view(tensor)
     dtype = DTYPE_NAMES[tensor.dtype]
     return commlib.Buffer(tensor.data_ptr(), tuple(tensor.shape), dtype, owner=tensor, writable=True)
+
+
+def overlapping_pair(named):
+    """Names of two tensors whose memory may overlap, out of (name, tensor) pairs; None: all lie apart."""
+    extents = []
+    for name, tensor in named:
+        if tensor.numel():
+            last = sum((count - 1) * stride for count, stride in zip(tensor.shape, tensor.stride()))
+            begin = tensor.data_ptr()
+            extents.append((begin, begin + (last + 1) * tensor.element_size(), name))
+    extents.sort()
+    for (_, end, first), (begin, _, second) in zip(extents, extents[1:]):
+        if begin < end:
+            return first, second
+    return None
 
 
 def tensor_of(buffer):

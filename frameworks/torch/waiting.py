@@ -5,6 +5,8 @@ This file decides what step() and synchronize() do; methods.py is how users reac
 
 import warnings
 
+import torch
+
 from commlib.torch.report import Meter, make_report
 
 STEP_AFTER_SYNCHRONIZE = (
@@ -20,7 +22,7 @@ class Waiting:
     Args:
         optimizer: the user's optimizer.
         exchange: a GradientExchange that tracks its parameters.
-        whole_step: whole_step() makes the user's own step.
+        whole_step: whole_step() makes the user's own step; whole_step(closure) passes it a closure.
     """
 
     def __init__(self, optimizer, exchange, whole_step):
@@ -32,23 +34,48 @@ class Waiting:
         self.fallbacks = []  # reasons, in words, why something is waited for at step()
         self.synchronized = False
         self.should_synchronize = True
+        self.name_new = None  # name_new(parameters) -> (name, parameter) pairs
+        self.share = None  # share(parameters) makes them rank 0's; None: they stay as they are
 
-    def step(self):
-        """Waits for all gradients and makes the user's own step."""
-        if self.should_synchronize:
+    def step(self, closure=None):
+        """Waits for all gradients and makes the user's own step; with a closure, as often as that is called."""
+        self.exchange.check_complete(self.optimizer.param_groups)
+        if closure is not None:
+            closure = self.reducing(closure)
+        elif self.should_synchronize:
             if self.synchronized:
                 warnings.warn(STEP_AFTER_SYNCHRONIZE, stacklevel=4)
             self.synchronize()
         elif self.exchange.flying:
             raise RuntimeError("step() within skip_synchronize(), but gradients are on their way: synchronize() first")
         self.synchronized = False
-        result = self.whole_step()
+        result = self.whole_step() if closure is None else self.whole_step(closure)
         self.exchange.rest()
         if self.exchange.regroup_due:
             self.exchange.regroup()
         self.meter.steps += 1
         self.account()
         return result
+
+    def reducing(self, closure):
+        """The closure, with gradients of all ranks after every call, and the loss that belongs to them."""
+
+        def reduced():
+            with torch.enable_grad():
+                loss = closure()
+            if not self.exchange.gradients:
+                return loss
+            self._reduce_now()
+            if loss is None:
+                return None
+            total = torch.as_tensor(loss, dtype=None if torch.is_tensor(loss) else torch.float64).detach().clone()
+            self.exchange.reduce_value(total, "loss")
+            return total if torch.is_tensor(loss) else total.item()
+
+        return reduced
+
+    def _reduce_now(self):
+        self.exchange.synchronize()
 
     def account(self):
         """Adds up what was measured since the last call; the first step, with its one-time work, is dropped."""
@@ -67,6 +94,17 @@ class Waiting:
         self.exchange.check_not_flying()
         self.exchange.rest()
         self.synchronized = False
+
+    def probe_again(self):
+        """State, groups or options were replaced: in this form nothing depends on them."""
+
+    def added(self, parameters):
+        """Parameters were added to the optimizer, on every rank."""
+        if self.exchange.gradients:
+            if self.share is not None:
+                self.share(parameters)
+            for name, parameter in self.name_new(parameters):
+                self.exchange.track(parameter, name)
 
     def finish_updates(self):
         """Makes updates that are still to come: in this form there are none."""

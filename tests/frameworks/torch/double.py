@@ -6,7 +6,8 @@ once and writes down its name, or fails if the test has forbidden it.
 
 import commlib
 from commlib.torch.gradients import GradientExchange
-from commlib.torch.optimizer import named_parameters_of, wrap
+from commlib.torch.naming import Names
+from commlib.torch.optimizer import wrap
 
 
 class DoubleHandle:
@@ -52,4 +53,4 @@ class DoubleCommunicator:
 def distribute(optimizer, communicator, model=None, named_parameters=None, overlap_forward=True, ladder=None, **options):
     """DistributedOptimizer over a double; its initial broadcast is left out, and every gradient is a group by itself."""
     exchange = GradientExchange(communicator, op=commlib.Average, presence=model is not None, ladder=ladder, **options)
-    return wrap(optimizer, exchange, named_parameters_of(optimizer, model, named_parameters), model, overlap_forward)
+    return wrap(optimizer, exchange, Names(model, named_parameters), model, overlap_forward)

@@ -340,7 +340,7 @@ def loose(trainer):
     """A plain tensor in the optimizer beside the model's parameters."""
     model = trainer.model(lambda: nn.Linear(CLASSES, CLASSES))
     weight = torch.linspace(-1, 1, INPUTS * CLASSES, dtype=trainer.dtype).reshape(INPUTS, CLASSES).requires_grad_()
-    named = [("weight", weight), *model.named_parameters()]
+    named = [("loose", weight), *model.named_parameters()]
     optimizer = trainer.wrap(trainer.make_optimizer([parameter for _, parameter in named]), model, named)
     trainer.train(model, optimizer, loss_of=lambda model, batch: nn.functional.cross_entropy(
         model(batch.x @ weight), batch.target))  # fmt: skip

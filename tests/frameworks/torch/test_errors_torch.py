@@ -57,13 +57,10 @@ def test_objects_of_the_optimizer():
         comm.DistributedOptimizer(sgd(model), model=torch.compile(model))
 
 
-def test_methods_that_are_not_supported_yet():
-    model = nn.Linear(2, 1)
-    optimizer = comm.DistributedOptimizer(sgd(model), model=model)
-    with pytest.raises(ValueError, match="step.closure. is not supported yet"):
-        optimizer.step(lambda: None)
-    with pytest.raises(ValueError, match="add_param_group after DistributedOptimizer"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+def test_lazy_modules_have_to_be_called_first():
+    model = nn.LazyLinear(1)
+    with pytest.raises(ValueError, match="run one batch through the model on every rank"):
+        comm.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
 
 
 @pytest.mark.parametrize("call, error, message", [
