@@ -1,0 +1,23 @@
+"""Everything around the optimizer: the same bits on all ranks and in all forms, and what one process learns."""
+
+import pytest
+from hard_check import check
+from hard_optimizers import CASES, MIXED, WITH_ALL_OPTIMIZERS
+
+# Forms that do not wait for whole steps get a reason to, here.
+WAITED_FOR = {
+    "closure": "step(closure)", "lbfgs": "step(closure)", "lbfgs, strong_wolfe": "step(closure)",
+    "scaled, fused": "GradScaler", "scaled, fused, infinite": "GradScaler", "scaled, fused, unscale": "GradScaler",
+    "capturable": "trying it on a copy failed",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [2, 3])
+def test_optimizer(torch_ranks, size, case):
+    if case in WITH_ALL_OPTIMIZERS:
+        optimizers = ("sgd", "adamw") if "LR" in case else None
+    else:
+        optimizers = ("sgd",)
+    check(torch_ranks(size), "hard_optimizers", case, as_alone=case not in MIXED, waited_for=WAITED_FOR.get(case),
+          optimizers=optimizers)  # fmt: skip
