@@ -50,6 +50,7 @@ typedef struct {
     int peer_doorbell, peer_pidfd;
     ring out, in;
     bool refused;        /* a frame found no room */
+    bool ended;          /* the peer has closed its ring, and all that was in it is read */
     bool sending;        /* a frame is partly in the ring */
     bool broken;         /* half a frame is in the ring, and the rest is gone */
     cl_frame out_frame;
@@ -232,6 +233,12 @@ static void read_frame(shm_link *link)
     (void)link->base.sink->begin(link->base.owner, &link->base, &link->in_frame); /* pieces are taken from the ring */
 }
 
+/* Closed is looked at first: what was published before it is then seen. */
+static bool is_at_end(const ring *r)
+{
+    return atomic_load(&r->header->closed) && atomic_load(&r->header->head) == r->tail;
+}
+
 static bool read_payload(shm_link *link)
 {
     size_t left = link->in_frame.nbytes - link->in_offset;
@@ -291,17 +298,38 @@ static int read_some(shm_link *link)
     return events;
 }
 
+/* The peer reads what is there, and then knows that this is the end. */
+static void close_ring(shm_link *link)
+{
+    atomic_store(&link->out.header->closed, 1);
+    wake_peer(link);
+}
+
+/* Room for a frame of any kind, so that what was refused may be offered again. */
+static bool takes_again(shm_link *link)
+{
+    return !link->sending && link->nreferences < MAX_REFERENCES && room(&link->out) >= 2 * CL_LINE;
+}
+
 static int shm_progress(cl_link *base)
 {
     shm_link *link = (shm_link *)base;
-    if (link->broken) {
-        link->broken = false;
-        base->sink->lost(base->owner, base, "out of memory for the rest of a message");
+    if (link->ended)
         return 0;
+    if (is_at_end(&link->in)) {
+        link->ended = true;
+        base->sink->lost(base->owner, base, "it closed the connection");
+        return 1;
+    }
+    if (link->broken) {
+        link->ended = true;
+        close_ring(link); /* the peer must not wait for the rest */
+        base->sink->lost(base->owner, base, "out of memory for the rest of a message");
+        return 1;
     }
     int written = link->sending ? write_payload(link) : 0;
     int events = written + finish_references(link) + read_some(link);
-    if (link->refused && room(&link->out) >= CL_LINE && !link->sending) {
+    if (link->refused && takes_again(link)) {
         link->refused = false;
         events++;
     }
@@ -321,16 +349,18 @@ static int shm_arm(cl_link *base)
     bool wants = link->sending || link->refused || link->nreferences > 0;
     if (wants)
         atomic_store(&link->out.header->wants_room, 1);
-    if (atomic_load(&link->in.header->head) != link->in.tail)
+    if (link->ended)
+        return CL_OK;
+    if (atomic_load(&link->in.header->head) != link->in.tail || is_at_end(&link->in))
         return CL_AGAIN;
     if (!wants)
         return CL_OK;
     link->out.tail = atomic_load(&link->out.header->tail);
     if (link->nreferences > 0 && link->references[link->first_reference].end <= link->out.tail)
         return CL_AGAIN;
-    if (!link->sending && !link->refused)
-        return CL_OK;
-    return link->out.head - link->out.tail > link->out.mask + 1 - CL_LINE ? CL_OK : CL_AGAIN;
+    if (link->refused && takes_again(link))
+        return CL_AGAIN;
+    return link->sending && room(&link->out) >= CL_LINE ? CL_AGAIN : CL_OK;
 }
 
 static void shm_disarm(cl_link *base)
@@ -399,6 +429,7 @@ static void close_descriptors(shm_link *link)
 static void shm_close(cl_link *base)
 {
     shm_link *link = (shm_link *)base;
+    close_ring(link);
     close_descriptors(link);
     munmap(link->peer_memory, link->peer_nbytes);
     free(link->out_copy);

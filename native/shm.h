@@ -26,6 +26,7 @@ typedef struct {
     alignas(CL_LINE) _Atomic uint64_t head; /* written by the writer */
     alignas(CL_LINE) _Atomic uint64_t tail; /* written by the reader */
     alignas(CL_LINE) atomic_int wants_room; /* the writer sleeps until the reader has read on */
+    alignas(CL_LINE) atomic_int closed;     /* nothing follows what is in the ring */
 } cl_ring_header;
 
 _Static_assert(sizeof(cl_memory_header) <= CL_PAGE && sizeof(cl_ring_header) <= CL_PAGE, "headers fit in their pages");

@@ -62,7 +62,10 @@ static int make_heap(struct cl_shm *shm)
 
 static int allocate(const struct cl_shm *shm, uint64_t first, uint64_t nbytes)
 {
-    int failed = posix_fallocate(shm->memfd, (off_t)first, (off_t)nbytes);
+    int failed;
+    do
+        failed = posix_fallocate(shm->memfd, (off_t)first, (off_t)nbytes);
+    while (failed == EINTR);
     errno = failed;
     return failed == 0 ? CL_OK : failed == ENOSPC || failed == ENOMEM ? CL_NO_MEMORY : CL_SYSTEM;
 }
@@ -118,7 +121,7 @@ static void let_go(struct cl_shm *shm)
         return;
     if (shm->memfd >= 0)
         close(shm->memfd);
-    if (shm->memory != NULL)
+    if (shm->memory != NULL && shm->owner_pid == getpid()) /* a child may have got something else there */
         munmap(shm->memory, shm->nbytes);
     for (cl_range *range = shm->free_ranges, *next; range != NULL; range = next) {
         next = range->next;
@@ -146,6 +149,7 @@ void cl_shm_forked(cl_engine *engine)
         return;
     close(engine->shm->doorbell);
     close(engine->shm->memfd);
+    engine->shm->doorbell = engine->shm->memfd = -1;
 }
 
 /* ---- blocks of the heap -------------------------------------------------------------------------------------- */

@@ -20,7 +20,7 @@ typedef struct {
 /* What a transport has, and so is held to. */
 enum {
     IS_REAL = 1,     /* it moves by progress(), fills up, sleeps and wakes; else by somebody's clock, in advance() */
-    TELLS_CLOSE = 2, /* a link notices that its peer is closed; else somebody else does (shm: a pidfd) */
+    TELLS_CLOSE = 2, /* a link notices that its peer is closed; else somebody else does */
 };
 
 typedef struct {

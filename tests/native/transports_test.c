@@ -144,8 +144,8 @@ static void advance_sim(transport_pair *pair)
 }
 
 static const transport_factory transports[] = {
-    {"shm", IS_REAL, open_shm, clean_up_shm, shm_doorbell, NULL},
-    {"shm-tiny-ring", IS_REAL, open_shm_tiny, clean_up_shm, shm_doorbell, NULL},
+    {"shm", IS_REAL | TELLS_CLOSE, open_shm, clean_up_shm, shm_doorbell, NULL},
+    {"shm-tiny-ring", IS_REAL | TELLS_CLOSE, open_shm_tiny, clean_up_shm, shm_doorbell, NULL},
     {"tcp", IS_REAL | TELLS_CLOSE, open_tcp, NULL, NULL, NULL},
     {"tcp-tiny-buffers", IS_REAL | TELLS_CLOSE, open_tcp_tiny, NULL, NULL, NULL},
     {"tcp-over-socketpair", IS_REAL | TELLS_CLOSE, open_socketpair, NULL, NULL, NULL},
