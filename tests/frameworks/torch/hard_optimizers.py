@@ -120,7 +120,7 @@ def scaled(unscale, infinite, make=None):
                 scaler.step(optimizer)
             scaler.update()
             scales.append(scaler.get_scale())
-        assert not infinite or min(scales) < 256.0
+        assert not infinite or scales[2] < scales[1]
         return {**tensors_of(model), "scales": torch.tensor(scales)}
 
     return case
