@@ -168,7 +168,7 @@ typedef struct {
     uint32_t settings_hash;   /* compared between ranks */
     double prescale, postscale;
     cl_plan *plan;
-    const void *input;        /* may be the output; NULL with NULL output: timing only, no payload (sim) */
+    const void *input;        /* may be the output; NULL with NULL output: timing only, no payload (sim alone) */
     void *output;
     uint64_t count;           /* elements of input */
     const uint64_t *parts;    /* element offsets of the plan's chunks, nchunks + 1 of them; NULL: equal parts */

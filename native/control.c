@@ -122,6 +122,18 @@ static void disagree(cl_operation *operation, int32_t rank_a, const char *text_a
     cl_control_fail_everywhere(operation, CL_MISMATCH, rank_b, text);
 }
 
+static void malformed(cl_operation *operation)
+{
+    cl_control_fail_everywhere(operation, CL_SYSTEM, operation->engine->rank, "a malformed exchange came in");
+}
+
+/* Splits are as many as ours; raw bytes may be any. */
+static bool is_entry_of(const cl_operation *operation, size_t nbytes)
+{
+    const cl_request *r = &operation->request;
+    return r->kind == CL_EXCHANGE || r->kind == CL_TICKET || nbytes == (size_t)r->nsplits * sizeof(uint64_t);
+}
+
 /* At the root: takes one entry if it agrees with ours. Returns false if the operation has failed. */
 static bool take_entry(cl_operation *operation, const entry_header *header, const uint8_t *data)
 {
@@ -132,6 +144,10 @@ static bool take_entry(cl_operation *operation, const entry_header *header, cons
         return false;
     }
     cl_entry *entry = &operation->exchange->entries[header->index];
+    if (entry->data != NULL || !is_entry_of(operation, header->nbytes)) {
+        malformed(operation);
+        return false;
+    }
     if (append(entry, data, header->nbytes) != CL_OK) {
         out_of_memory(operation);
         return false;
@@ -148,7 +164,7 @@ static bool take_entries(cl_operation *operation, const uint8_t *data, size_t nb
             memcpy(&header, data, sizeof header);
         size_t length = sound ? sizeof header + (size_t)header.nbytes + header.text_nbytes : 0;
         if (!sound || length > nbytes || header.index < 0 || header.index >= operation->request.nmembers) {
-            cl_control_fail_everywhere(operation, CL_SYSTEM, operation->engine->rank, "a malformed exchange came in");
+            malformed(operation);
             return false;
         }
         if (!take_entry(operation, &header, data + sizeof header))
@@ -195,8 +211,8 @@ void cl_exchange_on_down(cl_operation *operation, const uint8_t *data, size_t nb
         uint32_t length = 0;
         if (nbytes >= sizeof length)
             memcpy(&length, data, sizeof length);
-        if (nbytes < sizeof length || nbytes - sizeof length < length) {
-            cl_control_fail_everywhere(operation, CL_SYSTEM, operation->engine->rank, "a malformed exchange came in");
+        if (nbytes < sizeof length || nbytes - sizeof length < length || !is_entry_of(operation, length)) {
+            malformed(operation);
             return;
         }
         exchange->entries[m].nbytes = 0;

@@ -19,6 +19,59 @@ static const bool makes_result[CL_KIND_END] = {
     [CL_ALLGATHER] = true, [CL_REDUCESCATTER] = true, [CL_ALLTOALL] = true,
 };
 
+/* More elements, chunks or segments than any machine has memory for; products of one of each stay within 64 bits. */
+#define MOST_ELEMENTS (UINT64_C(1) << 40)
+#define MOST_PIECES (UINT64_C(1) << 23)
+
+static bool sizes_are_sane(const cl_request *r)
+{
+    return r->count <= MOST_ELEMENTS && (r->plan == NULL || (uint64_t)r->plan->nchunks <= MOST_PIECES) &&
+           (r->segment_count == 0 || r->count / r->segment_count < MOST_PIECES);
+}
+
+static bool is_other_rank(const cl_engine *engine, int32_t rank)
+{
+    return rank < engine->size && rank != engine->rank;
+}
+
+static bool ranks_exist(const cl_engine *engine, const cl_request *r)
+{
+    for (uint32_t p = 0; r->plan != NULL && p < r->plan->npeers; p++)
+        if (!is_other_rank(engine, r->plan->peers[p].rank))
+            return false;
+    for (int32_t m = 0; m < r->nmembers; m++)
+        if (r->members[m] < 0 || (r->members[m] != engine->rank) != is_other_rank(engine, r->members[m]))
+            return false;
+    return r->nmembers == 0 || r->members[r->my_part] == engine->rank;
+}
+
+/* What is read and written lies inside `count` elements. */
+static bool sizes_fit(const cl_request *r)
+{
+    uint64_t sum = 0;
+    for (int32_t i = 0; i < r->nsplits; i++) {
+        if (r->kind != CL_TICKET && r->splits[i] > r->count)
+            return false;
+        sum += r->splits[i];
+    }
+    if (r->kind == CL_ALLGATHER || r->kind == CL_ALLTOALL)
+        return r->kind == CL_ALLGATHER ? sum == r->count : sum <= r->count;
+    for (int32_t c = 0; r->kind == CL_REDUCESCATTER && c < r->plan->nchunks; c++)
+        if (r->parts[c] > r->parts[c + 1])
+            return false;
+    return r->kind != CL_REDUCESCATTER || r->parts[r->plan->nchunks] <= r->count;
+}
+
+/* Only the simulation moves nothing, and only where no value is looked at. */
+static bool memory_is_given(const cl_engine *engine, const cl_request *r)
+{
+    bool writes = r->kind == CL_ALLREDUCE || r->kind == CL_BROADCAST;
+    bool reads = r->kind != CL_BROADCAST && r->kind != CL_BARRIER && r->kind != CL_TICKET;
+    if (r->count == 0 || (engine->driver != NULL && r->kind != CL_EXCHANGE))
+        return true;
+    return (!writes || r->output != NULL) && (!reads || r->input != NULL);
+}
+
 static bool request_is_sound(const cl_request *r)
 {
     if (r->kind < 0 || r->kind >= CL_KIND_END || r->dtype < 0 || r->dtype >= CL_DTYPE_END || r->reduction < 0 ||
@@ -80,6 +133,8 @@ static int copy_request(cl_operation *operation, const cl_request *r)
     own->parts = NULL;
     own->members = NULL;
     own->splits = NULL;
+    if (r->kind == CL_BARRIER)
+        own->count = 1; /* something must travel, or ranks that share no link never hear of each other */
     snprintf(operation->text, sizeof operation->text, "%s", r->text);
     own->text = operation->text;
     if (r->plan != NULL)
@@ -154,7 +209,9 @@ static int lay_out_at_once(cl_operation *operation)
 
 int cl_operation_new(cl_engine *engine, const cl_request *request, cl_operation **out)
 {
-    if (!request_is_sound(request))
+    bool sound = request_is_sound(request) && sizes_are_sane(request) && ranks_exist(engine, request) &&
+                 sizes_fit(request) && memory_is_given(engine, request);
+    if (!sound)
         return CL_INVALID;
     cl_operation *operation = calloc(1, sizeof(cl_operation));
     if (operation == NULL)
@@ -206,6 +263,8 @@ void cl_operation_release(cl_operation *operation)
 
 static int allocate_result(cl_operation *operation, uint64_t count)
 {
+    if (count > MOST_ELEMENTS)
+        return CL_NO_MEMORY;
     size_t nbytes = (size_t)count * cl_dtype_nbytes(operation->request.dtype);
     operation->memory = malloc(nbytes == 0 ? 1 : nbytes);
     operation->result = operation->memory;
@@ -302,11 +361,18 @@ static int lay_out_in_place(cl_operation *operation)
     return CL_OK;
 }
 
+static int lay_out_barrier(cl_operation *operation)
+{
+    operation->memory = calloc(1, cl_dtype_nbytes(operation->request.dtype));
+    operation->output = operation->memory;
+    return operation->memory == NULL ? CL_NO_MEMORY : CL_OK;
+}
+
 int cl_operation_layout(cl_operation *operation)
 {
     static int (*const layouts[CL_KIND_END])(cl_operation *) = {
         [CL_ALLREDUCE] = lay_out_in_place, [CL_BROADCAST] = lay_out_in_place,
-        [CL_BARRIER] = lay_out_in_place, [CL_ALLGATHER] = lay_out_allgather,
+        [CL_BARRIER] = lay_out_barrier, [CL_ALLGATHER] = lay_out_allgather,
         [CL_REDUCESCATTER] = lay_out_reducescatter, [CL_ALLTOALL] = lay_out_alltoall,
         [CL_EXCHANGE] = lay_out_exchange, [CL_TICKET] = lay_out_exchange,
     };
