@@ -1,6 +1,7 @@
-"""The engine in C: several ranks in one process, real threads and links or the simulated network, under each sanitizer.
+"""The engine with several ranks in one process, as C programs: real threads and links, and the simulated network.
 
-Every program of PROGRAMS is linked with the engine, which is compiled once per build; a new one is one more line.
+Each program is built plain and under each sanitizer. What it prints last before it fails names the test, or the seed to
+run it with.
 """
 
 import shutil
@@ -10,47 +11,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "tests" / "native"
-LONGEST_S = 100  # each takes a second or a few; a hang is what this is for
+PROGRAMS = ROOT / "tests" / "native"
+LONGEST_S = 100  # it takes seconds, also under a sanitizer; a hang is what this is for
 BUILDS = {
     "plain": ["-O2"],
     "address and undefined behaviour": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover"],
     "threads": ["-O1", "-g", "-fsanitize=thread"],
 }
-# program: its last line
-PROGRAMS = {
-    "engine_test": "all engine tests passed",
-    "shared_test": "all tests of shared memory passed",
-    "ticket_test": "all ticket tests passed",
-}
-
-
-class Build:
-    """The engine's objects, compiled in one way."""
-
-    def __init__(self, compiler, flags, folder):
-        self.command = [compiler, "-std=gnu11", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-pthread", *flags]
-        self.folder = folder
-        sources = [*sorted((ROOT / "native").glob("*.c")), FOLDER / "world.c"]
-        subprocess.run([*self.command, "-c", *sources], check=True, cwd=folder)
-        self.objects = sorted(folder.glob("*.o"))
-
-    def run(self, name):
-        program = self.folder / name
-        subprocess.run([*self.command, "-o", program, FOLDER / f"{name}.c", *self.objects, "-lm"], check=True)
-        result = subprocess.run([program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LONGEST_S)
-        assert result.returncode == 0, result.stdout[-5000:]
-        return result.stdout
+ARGUMENTS = {"engine_test": [], "sim_test": ["1", "600"], "faults_test": []}
 
 
 @pytest.fixture(scope="module", params=BUILDS)
 def build(request, tmp_path_factory):
+    """(folder with the objects of the engine and of the tests' world, command they were built with)."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if not compiler:
         pytest.skip("no C compiler")
-    return Build(compiler, BUILDS[request.param], tmp_path_factory.mktemp("build"))
+    folder = tmp_path_factory.mktemp("engine")
+    command = [compiler, "-std=gnu11", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-pthread", *BUILDS[request.param]]
+    sources = [*sorted((ROOT / "native").glob("*.c")), PROGRAMS / "world.c"]
+    subprocess.run([*command, "-c", *sources], check=True, cwd=folder)
+    return folder, command
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_program(build, name):
-    assert PROGRAMS[name] in build.run(name)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_engine(build, name):
+    folder, command = build
+    objects = sorted(folder.glob("*.o"))
+    subprocess.run([*command, "-o", folder / name, PROGRAMS / f"{name}.c", *objects, "-lm"], check=True)
+    result = subprocess.run([folder / name, *ARGUMENTS[name]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            timeout=LONGEST_S)  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    assert "passed" in result.stdout

@@ -147,7 +147,7 @@ void plan_world(world *w)
         plan_rank(w, r);
 }
 
-world shm_world(int32_t size, const cl_settings *settings)
+world shm_links(int32_t size, const cl_settings *settings)
 {
     world w = {.size = size};
     int memfds[MAX_RANKS], doorbells[MAX_RANKS];
@@ -162,9 +162,15 @@ world shm_world(int32_t size, const cl_settings *settings)
             if (peer != r)
                 CHECK(cl_shm_attach(w.engines[r], peer, dup(memfds[peer]), dup(doorbells[peer]), -1, my_slot, peer_slot) == CL_OK);
         }
+    plan_world(&w);
+    return w;
+}
+
+world shm_world(int32_t size, const cl_settings *settings)
+{
+    world w = shm_links(size, settings);
     for (int32_t r = 0; r < size; r++)
         CHECK(cl_engine_start(w.engines[r]) == CL_OK);
-    plan_world(&w);
     return w;
 }
 

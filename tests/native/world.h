@@ -38,6 +38,8 @@ typedef world (*make_world)(int32_t size, const cl_settings *settings);
 cl_settings ordinary_settings(void);
 cl_settings tiny_settings(void);
 world shm_world(int32_t size, const cl_settings *settings);
+/* Without threads: driven by cl_engine_progress. */
+world shm_links(int32_t size, const cl_settings *settings);
 world tcp_world(int32_t size, const cl_settings *settings);
 void plan_world(world *w);
 void free_world(world *w);
