@@ -12,7 +12,7 @@ import torch.distributed
 from commlib import CommlibError
 from commlib.communicator import Communicator
 from commlib.tickets import TicketSubmitter
-from commlib.torch.gloo_group import GlooGroup
+from commlib.torch.gloo_group import GlooGroup, listening_place
 from commlib.torch.tensors import tensor_of
 
 _SUM, _MIN, _MAX, _PRODUCT = range(4)
@@ -30,9 +30,8 @@ _ABORTED = timedelta(seconds=2)  # gloo needs about a millisecond once its conne
 
 def gloo_communicator(engine, topology, settings, placement, timeout_s):
     """A Communicator whose bytes gloo moves; see `commlib.session.open_communicator`."""
-    one_host = len(set(topology.hosts)) == 1
-    mover = GlooMover(engine.rank, engine.size, one_host, placement.options.get("interface", ""),
-                      timeout_s or placement.start_timeout_s)  # fmt: skip
+    place = listening_place(topology.hosts, placement.options.get("interface", ""), placement.store)
+    mover = GlooMover(engine.rank, engine.size, place, timeout_s or placement.start_timeout_s)
     submitter = TicketSubmitter(engine, topology.hosts, settings, mover)
     communicator = Communicator(engine, topology, settings, submitter)
     submitter.open(communicator.exchange)
@@ -44,15 +43,14 @@ class GlooMover:
 
     Args:
         rank, size: this rank and the number of ranks.
-        one_host: whether all ranks live on one host.
-        interface: see GlooGroup.
+        place: where gloo listens; see `gloo_group.listening_place`.
         timeout_s: how long to wait for the other ranks at the start.
     """
 
     name = "gloo"
 
-    def __init__(self, rank, size, one_host, interface, timeout_s):
-        self._arguments = (rank, size, one_host, interface, timeout_s)
+    def __init__(self, rank, size, place, timeout_s):
+        self._arguments = (rank, size, place, timeout_s)
         self._group = None
         self._work = None  # what was begun last
 
@@ -60,7 +58,10 @@ class GlooMover:
 
     def open(self, exchange):
         """Connects all ranks with all."""
-        self._group = GlooGroup(*self._arguments, exchange)
+        try:
+            self._group = GlooGroup(*self._arguments, exchange)
+        except RuntimeError as error:
+            raise CommlibError(f"{error}; between hosts, set COMMLIB_INTERFACE to the network interface that they share") from error
 
     def abort(self):
         """Shuts the connections down."""

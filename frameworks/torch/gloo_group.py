@@ -26,15 +26,14 @@ class GlooGroup:
 
     Args:
         rank, size: this rank and the number of ranks.
-        one_host: whether all ranks live on one host.
-        interface: the network interface for several hosts; "": as torch.distributed would choose (GLOO_SOCKET_IFNAME).
+        place: where gloo listens, as create_device takes it; None: as torch.distributed would choose (GLOO_SOCKET_IFNAME).
         timeout_s: how long to wait for the other ranks.
         exchange: tells everybody's bytes to all.
     """
 
-    def __init__(self, rank, size, one_host, interface, timeout_s, exchange):
+    def __init__(self, rank, size, place, timeout_s, exchange):
         store = _ExchangeStore(exchange, timeout_s)
-        options = _options(one_host, interface, timeout_s)
+        options = _options(place, timeout_s)
         before = set(_open_sockets())
         if options is None:
             self.process_group = torch.distributed.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s))
@@ -95,11 +94,36 @@ class _ExchangeStore(torch.distributed.Store):
             raise CommlibError(f"no rank has told gloo's {', '.join(missing)}: do all ranks have the same torch?")
 
 
-def _options(one_host, interface, timeout_s):
-    """Where gloo listens; None: where torch.distributed decides."""
-    if not one_host and not interface:
+def listening_place(hosts, interface, store):
+    """Where gloo shall listen, as create_device takes it; None: only torch.distributed can tell.
+
+    Args:
+        hosts: the host index of every rank.
+        interface: the network interface that the user named, or "".
+        store: where the ranks have met, as "host:port": the address that leads there is one that the others reach.
+    """
+    if len(set(hosts)) == 1:
+        return {"hostname": _LOOPBACK}
+    if interface:
+        return {"interface": interface}
+    address = _address_towards(store)
+    return None if address in ("", "::1") or address.startswith("127.") else {"hostname": address}
+
+
+def _address_towards(store):
+    host, _, port = store.rpartition(":")
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # of a datagram socket: nothing is sent
+            return probe.getsockname()[0]
+    except (OSError, ValueError):
+        return ""
+
+
+def _options(place, timeout_s):
+    if place is None:
         return None
-    place = {"hostname": _LOOPBACK} if one_host else {"interface": interface}
     options = torch.distributed.ProcessGroupGloo._Options()
     options._timeout = timedelta(seconds=timeout_s)
     options._devices = [torch.distributed.ProcessGroupGloo.create_device(lazy_init=False, **place)]

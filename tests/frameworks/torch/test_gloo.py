@@ -12,6 +12,7 @@ from starting import start
 
 import commlib
 import commlib.torch as comm
+from commlib.torch.gloo_group import listening_place
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -140,3 +141,16 @@ def test_ranks_that_differ_are_told():
         for outcome in ranks.outcomes("starting:initialize"):
             assert isinstance(outcome.error, commlib.MismatchError)
             assert "backend" in str(outcome.error) and '"gloo"' in str(outcome.error)
+
+
+# ---- where gloo listens ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hosts, interface, store, place", [
+    ((0, 0), "eth7", "10.1.2.3:4", {"hostname": "127.0.0.1"}),
+    ((0, 1), "eth7", "10.1.2.3:4", {"interface": "eth7"}),
+    ((0, 1), "", "127.0.0.1:9", None),
+    ((0, 1), "", "no address", None),
+])  # fmt: skip
+def test_where_gloo_listens(hosts, interface, store, place):
+    assert listening_place(hosts, interface, store) == place
