@@ -1,19 +1,31 @@
 # make demo   installs into .venv and trains a small network on two ranks, with communication hidden
 # make test   installs into .venv and runs every test, the sanitizers' included
+# make bench  measures all-reduce beside gloo, MPI libraries and oneCCL, each in an environment of its own: about 6 minutes,
+#             and some more the first time; what cannot be installed is reported as absent. Let the machine rest meanwhile.
+# make plots  draws docs/allreduce.svg and the README's tables from what make bench has measured
 #
-# Both need Linux, Python >= 3.9 with venv, a C compiler (gcc) and the network for pip. No GPU, no CUDA.
+# The first two need Linux, Python >= 3.9 with venv, a C compiler (gcc) and the network for pip. No GPU, no CUDA.
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test build wheel clean
+.PHONY: demo test bench plots build wheel clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/commrun -np 2 $(VENV)/bin/python examples/torch_digits.py
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests
+
+bench: $(VENV)/.test
+	$(VENV)/bin/python benchmarks/environments.py
+	$(VENV)/bin/python benchmarks/allreduce.py --ranks 2 4 8 --output benchmarks/results/allreduce.json
+	$(VENV)/bin/python benchmarks/latency.py --output benchmarks/results/latency.json
+
+plots: $(VENV)/.test
+	$(PIP) matplotlib
+	$(VENV)/bin/python benchmarks/plot.py
 
 # Builds the native module again, in place, after a change in native/.
 build: $(VENV)/.test

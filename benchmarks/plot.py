@@ -1,0 +1,183 @@
+"""Draws what the benchmarks measured, and writes the README's tables: from the raw data alone.
+
+    python benchmarks/plot.py
+
+Reads benchmarks/results/*.json; writes docs/allreduce.svg, and into README.md whatever stands between
+`<!-- table: NAME -->` and `<!-- end -->` for the names of TABLES.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import statistics
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+OURS, BASELINE = "commlib", "gloo"
+
+
+def load(folder):
+    """{name of the benchmark: its record} of those that were run."""
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in ("allreduce", "latency")
+            if (folder / f"{name}.json").exists()}  # fmt: skip
+
+
+def medians(of_peers):
+    """{peer: {bytes: seconds}} of {peer: {bytes: [seconds]}}; without those that were not measured."""
+    return {name: {int(nbytes): statistics.median(times_s) for nbytes, times_s in sizes.items() if times_s}
+            for name, sizes in of_peers.items() if any(sizes.values())}  # fmt: skip
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+def allreduce_table(records):
+    """Two ranks, every peer."""
+    record = records["allreduce"]
+    times = medians(record["allreduce"]["2"])
+    names = [*times, *(name for name in record["absent"] if name not in times)]
+    lines = [["bytes", *names, "against the fastest other", f"against {BASELINE}"]]
+    for nbytes in times[OURS]:
+        cells = [microseconds(times[name].get(nbytes)) if name in times else "absent" for name in names]
+        lines.append([size_text(nbytes), *cells, against_fastest(times, nbytes), against(times, BASELINE, nbytes)])
+    return "\n".join([f"Microseconds. {about(record)}", "", *markdown(lines), "", *absences(record)]).rstrip()
+
+
+def crowded_table(records):
+    """More ranks than cores."""
+    record = records["allreduce"]
+    counts = [count for count in record["allreduce"] if count != "2"]
+    times = {count: medians(record["allreduce"][count]) for count in counts}
+    lines = [["bytes", *(f"{count} ranks: {column}" for count in counts for column in (OURS, BASELINE, "against"))]]
+    for nbytes in times[counts[0]][OURS]:
+        lines.append([size_text(nbytes)])
+        for count in counts:
+            own = [microseconds(times[count].get(name, {}).get(nbytes)) for name in (OURS, BASELINE)]
+            lines[-1] += [*own, against(times[count], BASELINE, nbytes)]
+    return "\n".join([f"Microseconds. {about(record)}", "", *markdown(lines)])
+
+
+def latency_table(records):
+    """Many at once, and an urgent one behind a large one."""
+    record = records["latency"]
+    orders, seconds = record["orders"], record["seconds"]
+    count, urgent = orders["at_once"]["count"], orders["urgent"]
+    lines = [["", f"{count:,} x {size_text(orders['at_once']['nbytes'])} at once, each",
+              f"{size_text(urgent['nbytes'])} alone",
+              f"{size_text(urgent['nbytes'])}, urgent, behind {size_text(urgent['behind_nbytes'])}"]]  # fmt: skip
+    for name in seconds["idle"]:
+        of_peer = {what: statistics.median(seconds[what][name]) if seconds[what][name] else None for what in orders}
+        each_s = of_peer["at_once"] and of_peer["at_once"] / count
+        lines.append([name, *map(microseconds, (each_s, of_peer["idle"], of_peer["urgent"]))])
+    return "\n".join([f"Microseconds. {about(record)}", "", *markdown(lines), "", *absences(record)]).rstrip()
+
+
+TABLES = {
+    "allreduce": ("allreduce", allreduce_table),
+    "crowded": ("allreduce", crowded_table),
+    "latency": ("latency", latency_table),
+}
+
+
+def markdown(lines):
+    """Rows of cells, the first one the header."""
+    return ["| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]]]
+
+
+def about(record):
+    """On what machine, how loaded, with which versions."""
+    machine = record["machine"]
+    packages = {package: version for of_peer in record["versions"].values() for package, version in of_peer.items()}
+    before, after = record["load_before"][0], record["load_after"][0]
+    return (f"{machine['processor'] or machine['architecture']}, {machine['cores']} cores, load average {before:.1f} before "
+            f"and {after:.1f} after; {', '.join(f'{package} {version}' for package, version in packages.items())}; "
+            f"commit {record['commit']}, {record['date'][:10]}.")  # fmt: skip
+
+
+def absences(record):
+    """A line per peer that was not measured, or not to the end."""
+    return [f"Not measured: {name}: {reason}." for name, reason in record["absent"].items()]
+
+
+def against_fastest(times, nbytes):
+    """How many times as fast as the fastest other peer."""
+    others = [name for name in times if name != OURS and nbytes in times[name]]
+    fastest = min(others, key=lambda name: times[name][nbytes], default=None)
+    return f"{against(times, fastest, nbytes)} {fastest}" if fastest else ""
+
+
+def against(times, other, nbytes):
+    """How many times as fast as another peer."""
+    if nbytes not in times.get(other, {}) or nbytes not in times[OURS]:
+        return ""
+    return f"{times[other][nbytes] / times[OURS][nbytes]:.2f}x"
+
+
+def microseconds(seconds):
+    """For a cell; what was not measured is left empty."""
+    if seconds is None:
+        return ""
+    return f"{seconds * 1e6:,.1f}" if seconds < 1e-4 else f"{seconds * 1e6:,.0f}"
+
+
+def size_text(nbytes):
+    """Example:
+        >>> size_text(8), size_text(65536), size_text(256 << 20)
+        ('8 B', '64 KB', '256 MB')
+    """
+    for unit in ("B", "KB"):
+        if nbytes < 1024:
+            return f"{nbytes} {unit}"
+        nbytes //= 1024
+    return f"{nbytes} MB"
+
+
+def write_tables(records, path):
+    """Replaces what stands between the markers of a file; returns what there is to say."""
+    text, said = path.read_text(encoding="utf-8"), []
+    for name, (needed, make) in TABLES.items():
+        if needed not in records:
+            said.append(f"table {name}: run benchmarks/{needed}.py first")
+            continue
+        marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        table = make(records)
+        text, count = marked.subn(lambda match: f"{match[1]}{table}\n{match[2]}", text)
+        said.append(f"table {name}: {count} in {path.name}" if count else f"{path.name} has no marker for this:\n\n{table}\n")
+    path.write_text(text, encoding="utf-8")
+    return said
+
+
+# ---- plots -------------------------------------------------------------------------------------------------------
+
+def draw(record, path):
+    """Time over size, a panel for each number of ranks."""
+    from matplotlib.figure import Figure
+
+    runs = record["allreduce"]
+    figure = Figure(figsize=(5 * len(runs), 4.5), layout="constrained")
+    for axes, (count, of_peers) in zip(figure.subplots(1, len(runs), squeeze=False, sharey=True)[0], runs.items()):
+        for name, of_sizes in medians(of_peers).items():
+            axes.plot(list(of_sizes), list(of_sizes.values()), marker="o", label=name, markersize=3,
+                      linewidth=2.5 if name == OURS else 1)  # fmt: skip
+        axes.set(yscale="log", xlabel="bytes", title=f"all-reduce, {count} ranks")
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.axes[0].set_ylabel("seconds (median)")
+    figure.savefig(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
+    parser.add_argument("--readme", type=pathlib.Path, default=ROOT / "README.md", metavar="FILE")
+    parser.add_argument("--plots", type=pathlib.Path, default=ROOT / "docs", metavar="FOLDER")
+    arguments = parser.parse_args()
+    records = load(arguments.results)
+    print("\n".join(write_tables(records, arguments.readme)))
+    if "allreduce" in records:
+        draw(records["allreduce"], arguments.plots / "allreduce.svg")
+        print(f"plot: {arguments.plots / 'allreduce.svg'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""One rank of a peer: connects to the benchmark's socket and does what it is told, so that it is idle while others run.
+
+    rank.py NAME SOCKET     started by the peer's launcher
+
+An order is a line of JSON, the answer a line with a list of seconds. oneccl_rank.cpp speaks the same in C++.
+"""
+
+import json
+import socket
+import sys
+import time
+
+import numpy
+from peers import PEERS
+
+URGENT, ORDINARY = 0, 1
+BUSY_S = 0.005  # the large operation is well under way by then
+
+
+def blocking(peer, nbytes, repeats):
+    """Seconds of each of some all-reduces, one after the other."""
+    array = numpy.zeros(nbytes // 4, numpy.float32)
+    return [timed(lambda: peer.allreduce(array)) for _ in range(repeats)]
+
+
+def at_once(peer, count, nbytes, repeats):
+    """Seconds from the submission of the first of `count` tensors to the end of all of them."""
+    arrays = [numpy.zeros(nbytes // 4, numpy.float32) for _ in range(count)]
+
+    def all_of_them():
+        waits = [peer.start(array, f"tensor {index}", ORDINARY) for index, array in enumerate(arrays)]
+        for wait in waits:
+            wait()
+
+    return [timed(all_of_them) for _ in range(repeats)]
+
+
+def urgent(peer, nbytes, behind_nbytes, repeats):
+    """Seconds of an urgent all-reduce that is submitted while a large one is moving."""
+    large, small = (numpy.zeros(n // 4, numpy.float32) for n in (behind_nbytes, nbytes))
+    times_s = []
+    for _ in range(repeats):
+        peer.allreduce(small)  # all ranks are here
+        wait = peer.start(large, "large", ORDINARY)
+        time.sleep(BUSY_S)
+        times_s.append(timed(lambda: peer.start(small, "urgent", URGENT)()))
+        wait()
+    return times_s
+
+
+def timed(function):
+    """Seconds of one call."""
+    begin_s = time.perf_counter()
+    function()
+    return time.perf_counter() - begin_s
+
+
+ORDERS = {"blocking": blocking, "at_once": at_once, "urgent": urgent}
+
+
+def main():
+    name, address = sys.argv[1:]
+    peer = PEERS[name].make()
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address)
+    orders = connection.makefile("rw")
+    answer = {"rank": peer.rank}
+    while True:
+        orders.write(json.dumps(answer) + "\n")
+        orders.flush()
+        line = orders.readline()
+        if not line:
+            return
+        order = json.loads(line)
+        answer = ORDERS[order.pop("do")](peer, **order)
+
+
+if __name__ == "__main__":
+    main()
