@@ -1,14 +1,15 @@
 """Gates: whoever reads a module's weights first waits for their pending update, and for no other.
 
-Reading happens in two ways. A module's forward begins: a forward pre-hook. Somebody takes a parameter out of a module,
-by attribute (`self.decoder.weight`), by `parameters()`, `state_dict()` or anything built on them: the module's dict of
-parameters is replaced by one that opens the gate first. This file knows modules; what opening means it is told by
+Reading happens in two ways. Somebody takes a parameter out of a module, by attribute (`self.decoder.weight`), by
+`parameters()`, `state_dict()` or anything built on them: the module's dict of parameters is replaced by one that opens the
+gate first. Or a module's forward begins that may hold its parameters in other ways: a forward pre-hook. This file knows modules; what opening means it is told by
 functions, so it knows neither gradients nor optimizers.
 
 A deep copy or a pickle of a gated module is an ordinary module without gates.
 """
 
 import types
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import nn
@@ -25,21 +26,48 @@ class Gates:
     Args:
         open_group: open_group(group) is called before a parameter of a pending group is read.
         settle: settle() is called before gradients are seen together with weights, as `parameters()` makes possible.
+        listing: a context manager within which parameters are listed for other reasons than their values.
 
     Attributes:
         member_of: parameter -> an object whose `group` is what it is updated with; groups are any hashable objects.
-        pending: the groups whose update is still to come, as keys in the order of need; their owner fills and empties it.
+        pending: the groups whose update is still to come, as keys in the order of need.
         read: parameters that somebody read through a gate are added to it; None: nobody wants to know.
     """
 
-    def __init__(self, open_group, settle):
+    def __init__(self, open_group, settle, listing=nullcontext):
         self.member_of = {}
         self.open_group = open_group
         self.settle = settle
         self.pending = {}
         self.read = set()
-        self.listing = False  # True: parameters are listed for other reasons than their values
+        self.listing = listing
+        self.is_listing = False
         self._removals = []
+        self._dicts = []  # the gated modules' dicts of parameters
+
+    # ---- what the owner of the groups calls
+
+    def shut(self, groups):
+        """Whoever reads a parameter of these groups opens the group first; groups are in the order of need."""
+        self.pending.update(dict.fromkeys(groups))
+        self._watch(True)
+
+    def opened(self, group):
+        """The group's parameters may be read."""
+        del self.pending[group]
+        if not self.pending:
+            self._watch(self.read is not None)
+
+    def note_reads(self, wanted):
+        """Begins or ends to collect in `read` who was read."""
+        self.read = set() if wanted else None
+        self._watch(wanted or bool(self.pending))
+
+    def _watch(self, wanted):
+        """A dict that need not watch is looked up without any call of Python."""
+        kind = WatchingParameters if wanted else GatedParameters
+        for parameters in self._dicts:
+            parameters.__class__ = kind
 
     # ---- what readers call
 
@@ -51,6 +79,8 @@ class Gates:
 
     def before_read(self, parameter):
         """Somebody is about to read this parameter."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError(COMPILED)
         if self.read is not None:
             self.read.add(parameter)
         member = self.member_of.get(parameter)
@@ -59,7 +89,7 @@ class Gates:
 
     def before_read_all(self, parameters):
         """Somebody is about to see these parameters, and perhaps their gradients."""
-        if not self.listing:
+        if not self.is_listing:
             self.settle()
             if self.pending:
                 self.before_forward(parameters)
@@ -96,9 +126,11 @@ class Gates:
                     "that this one does not: use one optimizer with several parameter groups, or named_parameters="
                 )
             parameters.gates.remove()
-        module._parameters = GatedParameters(module._parameters, self)
+        module._parameters = WatchingParameters(module._parameters, self)
+        self._dicts.append(module._parameters)
         self._removals.append(lambda: setattr(module, "_parameters", dict(module._parameters)))
-        self._removals.append(module.register_forward_pre_hook(_Gate(self), prepend=True).remove)
+        if not _reads_by_attribute(module):
+            self._removals.append(module.register_forward_pre_hook(_Gate(self), prepend=True).remove)
 
     def remove(self):
         """Finishes what is pending and makes the modules ordinary again."""
@@ -106,23 +138,17 @@ class Gates:
             self.open_group(next(iter(self.pending)))
         while self._removals:
             self._removals.pop()()
+        self._dicts.clear()
 
 
 class GatedParameters(dict):
-    """A module's dict of parameters, whose readers wait. Its copies are plain dicts."""
+    """A module's dict of parameters, of which nothing is pending. Its copies are plain dicts."""
 
     __slots__ = ("gates",)
 
     def __init__(self, parameters, gates):
         super().__init__(parameters)
         self.gates = gates
-
-    def __getitem__(self, name):
-        parameter = super().__getitem__(name)
-        gates = self.gates
-        if gates.pending or gates.read is not None:
-            gates.before_read(parameter)
-        return parameter
 
     def get(self, name, default=None):
         return self[name] if name in self else default
@@ -140,6 +166,23 @@ class GatedParameters(dict):
 
     def __reduce_ex__(self, protocol):
         return (dict, (self.copy(),))
+
+
+class WatchingParameters(GatedParameters):
+    """A module's dict of parameters, whose readers may have to wait."""
+
+    __slots__ = ()
+
+    def __getitem__(self, name):
+        parameter = super().__getitem__(name)
+        self.gates.before_read(parameter)
+        return parameter
+
+
+def _reads_by_attribute(module):
+    """Whether a module's forward is known to take its parameters as attributes: a hook would only cost time."""
+    is_torchs = type(module).__module__.startswith("torch.nn.modules.")
+    return is_torchs and not isinstance(module, nn.RNNBase) and "forward" not in vars(module)
 
 
 class _ModelHook:
@@ -161,8 +204,6 @@ class _NoHook:
 
 class _Gate(_ModelHook):
     def __call__(self, module, arguments):
-        if torch.compiler.is_compiling():
-            raise RuntimeError(COMPILED)
         gates = self.gates
         if gates.pending or gates.read is not None:
             gates.before_forward(dict.values(module._parameters))
@@ -171,11 +212,9 @@ class _Gate(_ModelHook):
 def zero_grad(model, set_to_none=True):
     """As the model's own zero_grad, without waiting for weights, which it does not read."""
     gated = [m._parameters for m in nn.Module.modules(model) if isinstance(m._parameters, GatedParameters)]
-    all_gates = {id(parameters.gates): parameters.gates for parameters in gated}.values()
-    for gates in all_gates:
-        gates.listing = True
-    try:
+    with ExitStack() as stack:
+        for gates in {id(parameters.gates): parameters.gates for parameters in gated}.values():
+            gates.is_listing = True
+            stack.callback(setattr, gates, "is_listing", False)
+            stack.enter_context(gates.listing())
         type(model).zero_grad(model, set_to_none)
-    finally:
-        for gates in all_gates:
-            gates.listing = False

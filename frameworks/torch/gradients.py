@@ -7,17 +7,15 @@ A group of gradients is IDLE (nothing sent), FLYING (being reduced: nobody may t
 the result) or CLAIMED (step() has taken it out of p.grad; its update is still to come).
 """
 
-import logging
+import json
 import time
 
 import torch
 
-from commlib.torch.groups import LADDER, Gradient, Group, Phase, members_of_groups
+from commlib.torch.groups import LADDER, Gradient, Group, Phase, can_share, members_of_groups
 from commlib.torch.order import FirstUse
 from commlib.torch.presence import Presence
 from commlib.torch.tensors import buffer_of, check_tensor, real_view
-
-_log = logging.getLogger("commlib.torch")
 
 TOO_MANY_PASSES = (
     "Gradients were computed more than backward_passes_per_step times before call to step(). Increase "
@@ -45,7 +43,17 @@ class Arrival:
         self._registration = gradient.parameter.register_post_accumulate_grad_hook(self)
 
     def __call__(self, parameter):
-        self.exchange.arrived(self.gradient)
+        """Backward has accumulated into p.grad. What most calls do is done here, as it is done for every parameter."""
+        gradient, exchange = self.gradient, self.exchange
+        group = gradient.group
+        is_measured = exchange.first_use.arrivals is not None
+        if gradient.left != 1 or group.phase is not _IDLE or exchange.paused or is_measured:
+            exchange.arrived(gradient)
+            return
+        gradient.left = 0
+        group.missing -= 1
+        if not group.missing:
+            exchange.send(group)
 
     def retire(self):
         """The parameter belongs to a newer exchange now."""
@@ -71,7 +79,7 @@ class GradientExchange:
         ladder: capacities of groups, see groups.LADDER; None: every gradient by itself.
 
     Attributes:
-        gradients: a Gradient per tracked parameter.
+        gradients, parameters: a Gradient per tracked parameter.
         groups: what is sent as one, in the order of need.
         regroup_due: whether all ranks are to call `regroup` at the end of this step.
     """
@@ -80,6 +88,7 @@ class GradientExchange:
                  presence=False, prefix="", ladder=LADDER):  # fmt: skip
         self.communicator = communicator
         self.gradients = []
+        self.parameters = []
         self.groups = []
         self.passes = passes
         self.prefix = prefix
@@ -108,6 +117,7 @@ class GradientExchange:
         check_tensor(real_view(parameter), f"parameter {name!r}")
         gradient = Gradient(parameter, name, len(self.gradients))
         self.gradients.append(gradient)
+        self.parameters.append(parameter)
         self.first_use.add()
         self._wants = True
         if self._presence is None:
@@ -147,8 +157,9 @@ class GradientExchange:
     def set_passes(self, passes):
         """How many backward passes accumulate locally before a gradient is sent, from now on."""
         self.passes = passes
-        for gradient in self.gradients:
-            gradient.left = passes
+        for group in self.groups:
+            for gradient in group.gradients:
+                gradient.left = passes
 
     # ---- sending
 
@@ -171,7 +182,7 @@ class GradientExchange:
             raise AssertionError(f"{TOO_MANY_PASSES} (parameter {gradient.name!r})")
         group.missing -= 1
         if not group.missing:
-            self._send(group)
+            self.send(group)
 
     def _arrived_late(self, gradient, group):
         if group.phase is _CLAIMED:
@@ -197,12 +208,8 @@ class GradientExchange:
         self._closed = True
         for gradient in [gradient for gradient in self._asleep if gradient.parameter.requires_grad]:
             self._wake(gradient)
-        absent = []
         idle = [group for group in self.groups if group.phase is _IDLE]
-        for gradient in (gradient for group in idle for gradient in group.gradients):
-            gradient.absent = gradient.parameter.grad is None
-            if gradient.absent:
-                absent.append(gradient)
+        absent = [gradient for group in idle for gradient in self._absent_of(group)]
         self._wants |= any(not gradient.parameter.requires_grad for gradient in absent)
         self._wants |= self.first_use.end_step()
         self.regroup_due = self.regroup_due or not self.first_use.cohorts or self._presence.wanted()
@@ -210,20 +217,25 @@ class GradientExchange:
         self._presence.send(len(self.gradients), [gradient.number for gradient in absent], wants)
         for group in idle:
             # A frozen parameter is frozen on every rank: a group of them is sent by nobody.
-            if any(gradient.parameter.requires_grad or not gradient.absent for gradient in group.gradients):
-                self._send(group)
+            if len(group.absent) < len(group.gradients) or any(p.requires_grad for p in group.parameters):
+                self.send(group)
 
-    def _send(self, group):
-        for gradient in group.gradients:
-            if not gradient.absent:
-                tensor = gradient.parameter.grad
-                if tensor is None or tensor.requires_grad or not tensor.is_cpu or tensor.layout is not torch.strided:
-                    tensor = self._dense(gradient)
-                gradient.tensor = tensor
-                gradient.version = tensor._version
-        if len(group.gradients) > 1 and not group.fits():
+    def _absent_of(self, group):
+        group.absent = [index for index, parameter in enumerate(group.parameters) if parameter.grad is None]
+        return [group.gradients[index] for index in group.absent]
+
+    def send(self, group):
+        """Submits a group, complete or not."""
+        group.tensors = tensors = [parameter.grad for parameter in group.parameters]
+        dtype, strided = group.dtype, torch.strided
+        for index, tensor in enumerate(tensors):
+            if tensor is None or tensor.dtype is not dtype or tensor.requires_grad or tensor.layout is not strided:
+                if index not in group.absent:
+                    tensors[index] = self._dense(group.gradients[index])
+        if len(tensors) > 1 and (group.absent or tensors[0].dtype is not dtype) and not group.fits():
             self._send_apart(group)
             return
+        group.versions = [None if tensor is None else tensor._version for tensor in tensors]
         group.handle = self.communicator.allreduce_async_(group.gather(), **group.options)
         group.phase = _FLYING
         self.flying += 1
@@ -234,13 +246,12 @@ class GradientExchange:
         """The model was moved to another dtype: until the next regrouping these travel by themselves."""
         self.groups.remove(group)
         self._wants = True
-        for gradient in group.gradients:
+        for index, gradient in enumerate(group.gradients):
             check_tensor(real_view(gradient.parameter), f"parameter {gradient.name!r}")
-            absent = gradient.absent
             self._add_group([gradient])
-            gradient.absent = absent
             gradient.left = 0
-            self._send(gradient.group)
+            gradient.group.absent = (0,) if index in group.absent else ()
+            self.send(gradient.group)
 
     def _dense(self, gradient):
         tensor = gradient.parameter.grad
@@ -259,27 +270,32 @@ class GradientExchange:
 
     # ---- receiving
 
-    def check_untouched(self, gradient):
+    def check_untouched(self, group):
         """Refuses to go on if p.grad of a FLYING gradient was changed: nobody knows which bytes were sent.
 
         Raises:
             AssertionError: zero_grad() or the like took it away.
             RuntimeError: it was changed in place, or replaced.
         """
-        if gradient.absent:
-            return
-        present = gradient.parameter.grad
-        if present is gradient.tensor and present._version == gradient.version:
-            return
-        if present is None:
-            raise AssertionError(f"{ZEROED_IN_FLIGHT} (parameter {gradient.name!r})")
-        raise RuntimeError(
-            f"the gradient of {gradient.name!r} was changed while it was being reduced: call "
-            "optimizer.synchronize() between loss.backward() and whatever changes gradients (clipping, unscaling)"
-        )
+        for index, (parameter, tensor, version) in enumerate(zip(group.parameters, group.tensors, group.versions)):
+            present = parameter.grad
+            if present is tensor and tensor is not None and tensor._version == version or index in group.absent:
+                continue
+            name = group.gradients[index].name
+            if present is None:
+                raise AssertionError(f"{ZEROED_IN_FLIGHT} (parameter {name!r})")
+            raise RuntimeError(
+                f"the gradient of {name!r} was changed while it was being reduced: call "
+                "optimizer.synchronize() between loss.backward() and whatever changes gradients (clipping, unscaling)"
+            )
 
-    def wait(self, group):
-        """Waits until a group that was sent is reduced; its gradients' `tensor`s are the results, None if no rank had one."""
+    def wait(self, group, lend=False):
+        """Waits until a group that was sent is reduced; its `tensors` are the results, None if no rank had one.
+
+        Args:
+            group: if it was not sent, or was waited for, nothing happens.
+            lend: the results are looked at until group.take_back() only.
+        """
         if group.handle is None:
             return
         begin_s = time.monotonic()
@@ -289,7 +305,7 @@ class GradientExchange:
         self.exposed_s += waited_s
         _, started_s, done_s = group.handle.times
         self._spans.append((started_s if started_s >= 0 else done_s, done_s))
-        group.scatter(self._is_wanted)
+        (group.lend if lend else group.scatter)(self._is_wanted)
         group.handle = None
         if group.phase is _FLYING:
             group.phase = _REDUCED
@@ -306,25 +322,21 @@ class GradientExchange:
         self.close()
         for group in self.groups:
             if group.phase is _FLYING:
-                for gradient in group.gradients:
-                    self.check_untouched(gradient)
+                self.check_untouched(group)
                 self.wait(group)
-                for gradient in group.gradients:
-                    if gradient.absent:
-                        gradient.parameter.grad = gradient.tensor
+                for index in group.absent:
+                    group.parameters[index].grad = group.tensors[index]
 
     def claim(self):
         """Takes every gradient of this step out of p.grad; each is still to be waited for."""
         self.close()
         for group in self.groups:
             if group.phase is _FLYING:
-                for gradient in group.gradients:
-                    self.check_untouched(gradient)
-                    gradient.parameter.grad = None
-            else:
-                for gradient in group.gradients:
-                    gradient.tensor = gradient.parameter.grad  # whatever the user made of the reduced one
-                    gradient.parameter.grad = None
+                self.check_untouched(group)
+            else:  # whatever the user made of the reduced ones
+                group.tensors = [parameter.grad for parameter in group.parameters]
+            for parameter in group.parameters:
+                parameter.grad = None
             group.phase = _CLAIMED
         self.flying = 0
         self._closed = False
@@ -366,10 +378,12 @@ class GradientExchange:
     def regroup(self):
         """At the end of a step at which it is due on all ranks, with nothing in flight: new priorities and groups."""
         self.regroup_due = self._wants = False
+        apart = [gradient.number for gradient in self.gradients if not can_share(gradient.parameter)]
+        mine = json.dumps({"measured": self.first_use.measured, "apart": apart}).encode()
         name = f"{self.prefix}order of {self.gradients[0].name}"
-        agreed = self.first_use.agree(lambda payload: self.communicator.exchange(payload, name=name), len(self.gradients))
-        if not agreed:
-            _log.info("commlib: this rank used parameters in another order than rank 0, whose order gives priority")
+        told = [json.loads(payload) for payload in self.communicator.exchange(mine, name=name)]
+        self.first_use.agree([one["measured"] for one in told], len(self.gradients))
+        apart = frozenset(number for one in told for number in one["apart"])
         used = [self.gradients[number] for number in self.first_use.order]
         known = frozenset(self.first_use.order)
         ordered = used + [gradient for gradient in self.gradients if gradient.number not in known]
@@ -378,10 +392,10 @@ class GradientExchange:
         self._asleep = [gradient for gradient in ordered if not gradient.parameter.requires_grad]
         exposed_s = {gradient: group.exposed_s for group in self.groups for gradient in group.gradients}
         for gradient in self._asleep:
-            gradient.group = None
+            gradient.group, gradient.left = None, 0
         self.groups = []
         awake = [gradient for gradient in ordered if gradient.parameter.requires_grad]
-        for members in members_of_groups(awake, self.first_use.cohorts, self._ladder):
+        for members in members_of_groups(awake, self.first_use.cohorts, apart, self._ladder):
             self._add_group(members)
         for group in self.groups:
             group.exposed_s = max(exposed_s.get(gradient, 0.0) for gradient in group.gradients)

@@ -1,12 +1,14 @@
 """Groups: gradients that travel as one operation and are updated together.
 
 A gradient of more than `SMALL_NBYTES` is a group of its own and is reduced where it lies, without a copy. Smaller ones
-share a group with their neighbours in the order of need: they are copied into one buffer, and the result back out, so
-that p.grad stays the tensor that autograd made. A copy of that length costs less than an operation of its own.
+share a group with their neighbours in the order of need: they are copied into one buffer; a copy of that length costs
+less than an operation of its own. The result is copied back where p.grad is the user's to see, so that it stays the
+tensor that autograd made; where only the optimizer sees it, it is lent views of the buffer.
 
 This file knows parameters, gradients and memory; it communicates nothing.
 """
 
+import sys
 from enum import Enum
 from typing import NamedTuple
 
@@ -33,19 +35,16 @@ LADDER = (Capacity(4, 64 << 10), Capacity(16, 256 << 10), Capacity(64, 1 << 20),
 
 
 class Gradient:
-    """What is known of one parameter's gradient between two steps.
+    """What is known of one parameter's gradient.
 
     Attributes:
         number: its place among the gradients of its exchange, the same on all ranks.
         priority: its place in the order of need, 0 first.
         group: the Group it travels with; None while its parameter is frozen.
         left: backward passes that are still to accumulate into it before it is sent.
-        tensor: what is being reduced, or the result; None: no rank had one.
-        version: of the tensor, when it was sent.
-        absent: whether zeros were sent, because this rank had no gradient.
     """
 
-    __slots__ = ("parameter", "name", "number", "priority", "group", "left", "tensor", "version", "absent")
+    __slots__ = ("parameter", "name", "number", "priority", "group", "left")
 
     def __init__(self, parameter, name, number):
         self.parameter = parameter
@@ -54,33 +53,36 @@ class Gradient:
         self.priority = number  # the order of registration, until the order of need is known
         self.group = None
         self.left = 0
-        self.tensor = self.version = None
-        self.absent = False
 
 
 class Group:
     """Gradients that travel as one operation; IDLE (nothing sent), FLYING (being reduced), REDUCED or CLAIMED.
 
+    What belongs to one gradient is in lists, in the order of the members, as loops over them are what a step costs.
+
     Attributes:
-        gradients: its members, in the order of need, of one dtype and device.
+        gradients, parameters: its members, in the order of need, of one dtype and device.
         missing: how many of them are still to arrive in this step.
+        absent: indices of members of which this rank had no gradient in this step; zeros are sent for them.
+        tensors: what is being reduced, or the results; None: no rank had one.
+        versions: of the tensors, when they were sent.
         nbytes, dtype: of the operation.
         exposed_s: how long the main thread has waited for it, in all steps.
         options: keyword arguments of the operation.
     """
 
-    __slots__ = ("gradients", "name", "priority", "phase", "missing", "dtype", "nbytes", "counts", "exposed_s", "handle",
-                 "options", "_wire", "_views", "_buffer")  # fmt: skip
+    __slots__ = ("gradients", "parameters", "name", "priority", "phase", "missing", "absent", "tensors", "versions", "dtype",
+                 "nbytes", "exposed_s", "handle", "options", "_wire", "_views", "_buffer", "_owners")  # fmt: skip
 
     def __init__(self, gradients, prefix, options):
         first = gradients[0]
         self.gradients = gradients
+        self.parameters = [gradient.parameter for gradient in gradients]
         self.name = first.name if len(gradients) == 1 else f"{first.name} and {len(gradients) - 1} more"
         self.priority = min(gradient.priority for gradient in gradients)
         self.options = {"name": prefix + self.name, "priority": self.priority, **options}
         self.dtype = first.parameter.dtype
-        self.counts = [gradient.parameter.numel() for gradient in gradients]
-        self.nbytes = sum(self.counts) * first.parameter.element_size()
+        self.nbytes = sum(parameter.numel() for parameter in self.parameters) * first.parameter.element_size()
         self.exposed_s = 0.0
         self._wire = self._views = self._buffer = None
         for gradient in gradients:
@@ -90,71 +92,99 @@ class Group:
         """Back to IDLE: the next backward pass starts anew."""
         self.phase = Phase.IDLE
         self.missing = len(self.gradients)
-        self.handle = None
+        self.handle = self.tensors = self.versions = None
+        self.absent = ()
         for gradient in self.gradients:
             gradient.left = passes
-            gradient.tensor = gradient.version = None
-            gradient.absent = False
 
     def fits(self):
-        """Whether the gradients, or the parameters where there are none, are still what the group was made for."""
+        """Whether the parameters are still of the dtype and size that the group was made for."""
         dtype = self.dtype
-        for gradient, count in zip(self.gradients, self.counts):
-            tensor = gradient.parameter if gradient.absent else gradient.tensor
-            if tensor.dtype is not dtype or tensor.numel() != count:
-                return False
-        return True
+        return all(parameter.dtype is dtype for parameter in self.parameters) and self.nbytes == sum(
+            parameter.numel() for parameter in self.parameters
+        ) * (self.parameters[0].element_size())
 
     def gather(self):
         """Brings the members' tensors together. Returns the Buffer to be reduced in place."""
         if len(self.gradients) == 1:
-            gradient = self.gradients[0]
-            if gradient.absent:
-                gradient.tensor = torch.zeros_like(gradient.parameter, requires_grad=False)
-            self._wire = contiguous(gradient.tensor)
+            if self.absent:
+                self.tensors = [torch.zeros_like(self.parameters[0], requires_grad=False)]
+            self._wire = contiguous(self.tensors[0])
             return buffer_of(self._wire)
-        if self._buffer is None:
+        if self._views is None:
             self._make_buffer()
-        present = [(view, gradient.tensor) for view, gradient in zip(self._views, self.gradients) if not gradient.absent]
-        if len(present) < len(self.gradients):
-            self._wire.zero_()
+        if not self.absent:
+            torch._foreach_copy_(self._views, self.tensors)
+            return self._buffer
+        self._wire.zero_()
+        present = [index for index in range(len(self.tensors)) if index not in self.absent]
         if present:
-            torch._foreach_copy_(*map(list, zip(*present)))
+            torch._foreach_copy_([self._views[index] for index in present], [self.tensors[index] for index in present])
         return self._buffer
 
     def _make_buffer(self):
-        parameters = [gradient.parameter for gradient in self.gradients]
-        self._wire = torch.zeros(sum(self.counts), dtype=self.dtype, device=parameters[0].device)
-        parts = self._wire.split(self.counts)
-        self._views = [part.view(parameter.shape) for part, parameter in zip(parts, parameters)]
+        counts = [parameter.numel() for parameter in self.parameters]
+        self._wire = torch.zeros(sum(counts), dtype=self.dtype, device=self.parameters[0].device)
+        parts = self._wire.split(counts)
+        self._views = [part.view(parameter.shape) for part, parameter in zip(parts, self.parameters)]
         self._buffer = buffer_of(self._wire)
+        del parts
+        self._owners = self._count_owners()
 
     def scatter(self, is_wanted):
-        """Takes the result apart: every gradient's `tensor` becomes it, or None where is_wanted(gradient) is false."""
-        wanted = []
-        for index, gradient in enumerate(self.gradients):
-            if gradient.absent:
-                if not is_wanted(gradient):
-                    gradient.tensor = None
-                    continue
-                if gradient.tensor is None:
-                    gradient.tensor = torch.empty_like(gradient.parameter, requires_grad=False)
-            wanted.append(index)
-        if self._buffer is None:
-            tensor, wire, self._wire = self.gradients[0].tensor, self._wire, None
+        """Copies the result back: `tensors` become it, and None where is_wanted(gradient) is false for an absent one."""
+        self._drop_unwanted(is_wanted)
+        if len(self.gradients) == 1:
+            tensor, wire, self._wire = self.tensors[0], self._wire, None
             if tensor is not None and tensor.data_ptr() != wire.data_ptr():
                 tensor.copy_(wire)
-        elif wanted:
-            tensors = [self.gradients[index].tensor for index in wanted]
-            torch._foreach_copy_(tensors, [self._views[index] for index in wanted])
+            return
+        for index in self.absent:
+            if self.tensors[index] is not None:
+                self.tensors[index] = torch.empty_like(self.parameters[index], requires_grad=False)
+        wanted = [index for index, tensor in enumerate(self.tensors) if tensor is not None]
+        if wanted:
+            torch._foreach_copy_([self.tensors[index] for index in wanted], [self._views[index] for index in wanted])
+
+    def lend(self, is_wanted):
+        """As `scatter`, but `tensors` become views of the buffer, which the group uses again after `take_back`."""
+        if len(self.gradients) == 1:
+            self.scatter(is_wanted)
+            return
+        self.tensors = list(self._views)
+        self._drop_unwanted(is_wanted)
+
+    def take_back(self):
+        """Whoever was lent the views is done with them. If he keeps one, he keeps the buffer, and the group gets another."""
+        self.tensors = None
+        if self._views is not None and self._count_owners() != self._owners:
+            self._wire = self._views = self._buffer = None
+
+    def _count_owners(self):
+        """Who holds the buffer: a view itself, or another tensor over the same memory."""
+        return max(map(sys.getrefcount, self._views)), torch._C._storage_Use_Count(self._wire.untyped_storage()._cdata)
+
+    def _drop_unwanted(self, is_wanted):
+        for index in self.absent:
+            if not is_wanted(self.gradients[index]):
+                self.tensors[index] = None
+            elif self.tensors[index] is None:
+                self.tensors[index] = self._views[index]
 
 
-def members_of_groups(gradients, cohorts, ladder=LADDER):
+def can_share(parameter):
+    """Whether a gradient may travel in a group: small, and laid out as a view of a buffer is."""
+    nbytes = parameter.numel() * parameter.element_size()
+    return nbytes <= SMALL_NBYTES and parameter.layout is torch.strided and parameter.is_contiguous()
+
+
+def members_of_groups(gradients, cohorts, apart, ladder=LADDER):
     """Cuts gradients into groups: equal on all ranks, as it depends on nothing but what they agreed on.
 
     Args:
         gradients: in the order of need.
         cohorts: number -> which ranks used it, in words; those of one group are the same.
+        apart: numbers of gradients that share no group on some rank.
         ladder: capacities of the first group of several tensors, the second, ...
 
     Returns:
@@ -163,8 +193,7 @@ def members_of_groups(gradients, cohorts, ladder=LADDER):
     groups, filling, started = [], {}, 0
     for gradient in gradients:
         parameter = gradient.parameter
-        nbytes = parameter.numel() * parameter.element_size()
-        if nbytes > SMALL_NBYTES or parameter.layout is not torch.strided or ladder is None:
+        if ladder is None or gradient.number in apart:
             groups.append([gradient])
             continue
         kind = (parameter.dtype, parameter.device, cohorts.get(gradient.number))

@@ -68,8 +68,7 @@ class DistributedMethods:
         Raises:
             AssertionError: gradients are on their way: after backward, before step() or synchronize().
         """
-        self._commlib.forget()
-        self._commlib.real_class.zero_grad(self, set_to_none=set_to_none)
+        self._commlib.zero_grad(set_to_none)
 
     def set_backward_passes_per_step(self, passes):
         """How many backward passes accumulate on each rank before a gradient is sent."""

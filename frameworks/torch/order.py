@@ -6,8 +6,6 @@ needs no hooks in forward, sees shared weights and blocks chosen at run time, an
 optimizer. This file knows lists of numbers; it knows no tensors and no order of registration.
 """
 
-import json
-
 
 class FirstUse:
     """What all ranks agreed on, and what this rank has measured since.
@@ -36,28 +34,23 @@ class FirstUse:
         self.measured = merged(order_of_use(arrivals), self.measured)
         return True
 
-    def agree(self, tell_all, count):
+    def agree(self, measured, count):
         """Makes one order of all ranks' measurements; every rank calls it at the same step.
 
         Args:
-            tell_all: tell_all(payload) -> every rank's bytes, in rank order.
+            measured: what every rank measured, in rank order.
             count: how many gradients there are.
-
-        Returns:
-            True if this rank measured nothing that contradicts the new order.
         """
-        mine, self.measured = self.measured, []
-        told = [json.loads(payload) for payload in tell_all(json.dumps(mine).encode())]
         order = []
-        for measured in (*told, self.order):
-            order = merged(order, measured)
+        for one in (*measured, self.order):
+            order = merged(order, one)
         self.order, self._known = order, frozenset(order)
-        sets = [frozenset(measured) for measured in told]
+        sets = [frozenset(one) for one in measured]
         for number in range(count):
-            pattern = "".join(".x"[number in measured] for measured in sets)
+            pattern = "".join(".x"[number in used] for used in sets)
             self.cohorts[number] = f"{self.cohorts.get(number, '')} {pattern}"
+        self.measured = []
         self.arrivals = [] if len(order) < count else None
-        return mine == [number for number in order if number in frozenset(mine)]
 
     def add(self):
         """There is a gradient more, whose place is to be measured."""

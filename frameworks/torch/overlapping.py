@@ -8,6 +8,7 @@ of a whole step (probe.py), step() waits instead and says so.
 
 import logging
 import time
+from contextlib import contextmanager
 
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -40,7 +41,7 @@ class Overlapping(Waiting):
         self._snapshots = None  # hyper-parameters at the last step()
         self._index_of = {}
         self._ungated = set()  # gradients whose parameters are read without anybody noticing
-        self.gates = Gates(self.open, self._settle)
+        self.gates = Gates(self.open, self._settle, self._unguarded)
         self.guards = Guards(self.gates.before_read, self._before_gradient)
         exchange.departing = self._guard_after_backward
         self._install_gates()
@@ -101,7 +102,7 @@ class Overlapping(Waiting):
 
     def _probe(self):
         self._probed = True
-        bundles = [[gradient.parameter for gradient in group.gradients] for group in self.exchange.groups]
+        bundles = [group.parameters for group in self.exchange.groups]
         reason = reason_to_wait(self.optimizer, self.real_class, bundles)
         if reason is not None:
             self._waits = True
@@ -110,7 +111,7 @@ class Overlapping(Waiting):
     def _put_off(self):
         self.exchange.claim()
         self._snapshots = snapshot(self.optimizer.param_groups)
-        self.gates.pending.update(dict.fromkeys(self.exchange.groups))
+        self.gates.shut(self.exchange.groups)
         self._guard()
         if self._ungated:
             for group in self.exchange.groups:
@@ -143,7 +144,7 @@ class Overlapping(Waiting):
         )
         exchange.regroup()
         self._install_gates()
-        self.gates.read = set() if exchange.first_use.arrivals is not None else None
+        self.gates.note_reads(exchange.first_use.arrivals is not None)
         if not self._waits:
             self._probed = False
 
@@ -169,20 +170,22 @@ class Overlapping(Waiting):
                 opened.append(other)
         waited_s = time.monotonic()
         for one in opened:
-            del self.gates.pending[one]
-        self._update([gradient for one in opened for gradient in one.gradients])
+            self.gates.opened(one)
+        self._update(opened)
         for one in opened:
+            one.take_back()
             one.rest(self.exchange.passes)
         self._record(group, begin_s, waited_s)
 
     def _wait(self, group):
-        self.guards.release([gradient.parameter for gradient in group.gradients])
-        self.exchange.wait(group)
+        self.guards.release(group.parameters)
+        self.exchange.wait(group, lend=True)
 
-    def _update(self, gradients):
-        parameters = [gradient.parameter for gradient in gradients]
-        for gradient in gradients:
-            gradient.parameter.grad = gradient.tensor
+    def _update(self, groups):
+        parameters = [parameter for group in groups for parameter in group.parameters]
+        for group in groups:
+            for parameter, tensor in zip(group.parameters, group.tensors):
+                parameter.grad = tensor
         self._updating = True
         try:
             with as_users_own(self.optimizer, self.real_class):
@@ -224,7 +227,7 @@ class Overlapping(Waiting):
 
     def _before_gradient(self, parameter):
         """Somebody reads p.grad."""
-        if self.exchange.flying and not self.gates.listing:
+        if self.exchange.flying and not self.gates.is_listing:
             if in_backward() and self.gates.member_of[parameter].group.phase is Phase.FLYING:
                 raise RuntimeError(
                     f"the gradient of {self.gates.member_of[parameter].name!r} was read within backward, while it was "
@@ -238,11 +241,28 @@ class Overlapping(Waiting):
         if in_backward():
             torch.autograd.Variable._execution_engine.queue_callback(self._guard)
 
+    @contextmanager
+    def _unguarded(self):
+        """Within it parameters are looked at one by one, but neither their values nor gradients on their way are read."""
+        self._release()
+        try:
+            yield
+        finally:
+            if self.exchange.flying:
+                self._guard()
+            for group in self.gates.pending:
+                self.guards.guard(group.parameters)
+
+    def zero_grad(self, set_to_none):
+        """The user's own zero_grad; pending gradients are not in p.grad any more."""
+        with self._unguarded():
+            super().zero_grad(set_to_none)
+
     def _guard(self):
-        self.guards.guard([gradient.parameter for gradient in self.exchange.gradients])
+        self.guards.guard(self.exchange.parameters)
 
     def _release(self):
-        self.guards.release([gradient.parameter for gradient in self.exchange.gradients])
+        self.guards.release(self.exchange.parameters)
 
     # ---- what people see
 

@@ -95,6 +95,11 @@ class Waiting:
         self.exchange.rest()
         self.synchronized = False
 
+    def zero_grad(self, set_to_none):
+        """The user's own zero_grad."""
+        self.forget()
+        self.real_class.zero_grad(self.optimizer, set_to_none=set_to_none)
+
     def probe_again(self):
         """State, groups or options were replaced: in this form nothing depends on them."""
 

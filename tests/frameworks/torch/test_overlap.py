@@ -246,7 +246,7 @@ def test_priorities_are_the_order_of_first_use():
 
 def test_rank_0_decides_the_priorities():
     model = make(Net)
-    communicator = DoubleCommunicator(rank_0_says=b"[6,5,4,3,2,1,0]")
+    communicator = DoubleCommunicator(rank_0_says=b'{"measured": [6, 5, 4, 3, 2, 1, 0], "apart": []}')
     optimizer = distribute(torch.optim.SGD(model.parameters(), lr=0.1), communicator, model)
     train(model, optimizer, batches(1, rows=4))
     assert list(optimizer.priorities.values()) == [6, 5, 4, 3, 2, 1, 0]

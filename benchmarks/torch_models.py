@@ -1,0 +1,48 @@
+"""Torch models for the benchmarks: ResNet-50 and VGG-16 as published, scaled in width where compute is to be short."""
+
+import torch
+from torch import nn
+
+
+class Bottleneck(nn.Module):
+    """ResNet's block of three convolutions, He et al. 2015, arXiv:1512.03385, figure 5."""
+
+    def __init__(self, inputs, width, stride):
+        super().__init__()
+        outputs = 4 * width
+        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn2(self.conv2(y)))
+        return torch.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+
+
+def resnet50(width=64, classes=1000):
+    """ResNet-50 with `width` channels after the stem: 161 parameters, 25.6 million elements at width 64."""
+    layers = [nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    inputs = width
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        for block in range(blocks):
+            layers.append(Bottleneck(inputs, width << stage, 2 if stage and not block else 1))
+            inputs = 4 * (width << stage)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
+def vgg16(width=64, hidden=4096, classes=1000):
+    """VGG-16 for images of 32 x 32: 13 convolutions and three linear layers, Simonyan and Zisserman, arXiv:1409.1556."""
+    layers, inputs = [], 3
+    for stage, convolutions in enumerate((2, 2, 3, 3, 3)):
+        outputs = width << min(stage, 3)
+        for _ in range(convolutions):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
+            inputs = outputs
+        layers.append(nn.MaxPool2d(2))
+    layers += [nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(hidden, classes))
