@@ -42,7 +42,9 @@ int cl_engine_new(int32_t rank, int32_t size, const cl_settings *settings, cl_en
     engine->peers = calloc((size_t)size, sizeof(cl_peer));
     engine->dirty = calloc((size_t)size, sizeof(int32_t));
     if (engine->peers == NULL || engine->dirty == NULL) {
-        cl_engine_free(engine);
+        free(engine->dirty);
+        free(engine->peers);
+        free(engine);
         return CL_NO_MEMORY;
     }
     *out = engine;
@@ -394,7 +396,7 @@ size_t cl_engine_pending(cl_engine *engine)
 
 void cl_engine_close_links(cl_engine *engine)
 {
-    for (int32_t r = 0; engine->peers != NULL && r < engine->size; r++) {
+    for (int32_t r = 0; r < engine->size; r++) {
         cl_peer *peer = &engine->peers[r];
         cl_link *link = peer->link;
         peer->link = NULL; /* first: a child forked meanwhile by another thread must not meet a freed link */

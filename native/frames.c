@@ -294,6 +294,8 @@ static void end_applied(cl_engine *engine, cl_peer *peer, int32_t rank, const cl
 
 static void end_keyed(cl_engine *engine, int32_t rank, const cl_frame *frame, cl_kept *kept)
 {
+    if (kept == NULL && frame->nbytes > 0)
+        return; /* there was no memory to keep it, which is told */
     if (kept == NULL && rules[frame->type].needs_text) {
         protocol_error(engine, rank);
         return;

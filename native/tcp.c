@@ -98,10 +98,14 @@ static void fail_with(tcp_link *tcp, int error)
     fail(tcp, "%m"); /* strerror, for threads */
 }
 
-/* Must be the caller's last deed: the sink may close the link. */
+/*
+ * Must be the caller's last deed: the sink may close the link. The engine keeps it until its own end, so the peer, if it
+ * lives, is told now: it must not wait for the rest of what we were saying.
+ */
 static void tell_lost(tcp_link *tcp)
 {
     tcp->over = true;
+    (void)shutdown(tcp->socket, SHUT_RDWR);
     tcp->link.sink->lost(tcp->link.owner, &tcp->link, tcp->reason);
 }
 

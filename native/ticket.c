@@ -44,8 +44,10 @@ static void issue(cl_operation *operation, uint32_t segment)
     cl_frame frame = {.key = operation->request.key, .type = CL_FRAME_TICKET, .segment = segment, .meta = operation->meta};
     if (operation->started_s < 0)
         operation->started_s = cl_engine_now(operation->engine);
+    cl_operation_hold(operation); /* without memory to tell, the engine is lost and lets go of it */
     cl_exchange_tell_children(operation, &frame, NULL);
     enqueue(operation, segment);
+    cl_operation_release(operation);
 }
 
 static void hand_out(cl_engine *engine)

@@ -18,7 +18,8 @@ BUILDS = {
     "address and undefined behaviour": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover"],
     "threads": ["-O1", "-g", "-fsanitize=thread"],
 }
-ARGUMENTS = {"engine_test": [], "sim_test": ["1", "600"], "faults_test": []}
+ARGUMENTS = {"engine_test": [], "sim_test": ["1", "600"], "faults_test": [], "memory_test": []}
+LINKED_WITH = {"memory_test": ["-Wl," + ",".join(f"--wrap={name}" for name in ("malloc", "calloc", "realloc", "free"))]}
 
 
 @pytest.fixture(scope="module", params=BUILDS)
@@ -38,7 +39,8 @@ def build(request, tmp_path_factory):
 def test_engine(build, name):
     folder, command = build
     objects = sorted(folder.glob("*.o"))
-    subprocess.run([*command, "-o", folder / name, PROGRAMS / f"{name}.c", *objects, "-lm"], check=True)
+    libraries = [*LINKED_WITH.get(name, []), "-lm"]
+    subprocess.run([*command, "-o", folder / name, PROGRAMS / f"{name}.c", *objects, *libraries], check=True)
     result = subprocess.run([folder / name, *ARGUMENTS[name]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             timeout=LONGEST_S)  # fmt: skip
     assert result.returncode == 0, result.stdout

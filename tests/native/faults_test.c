@@ -1,5 +1,5 @@
 /*
- * faults_test.c: ends that come at the wrong moment: shutdowns, forks, failures while a frame is half in, wrong requests.
+ * faults_test.c: ends at the wrong moment: shutdowns, forks, failures while a frame is half in; and wrong requests.
  *
  * Where the moment matters, engines are driven by hand, or a link is played by the test itself.
  */
@@ -443,7 +443,8 @@ static void test_barrier(void)
             steps[count++] = (cl_step){CL_RECV_REDUCE, (r + 6 - distance) % 6, 0, 1};
         }
         CHECK(cl_plan_new(steps, count, 1, 0, &plans[r]) == CL_OK);
-        cl_request request = {.key = 1, .text = "barrier", .kind = CL_BARRIER, .prescale = 1, .postscale = 1, .plan = plans[r]};
+        cl_request request = {.key = 1, .text = "barrier", .kind = CL_BARRIER, .plan = plans[r], .prescale = 1,
+                              .postscale = 1};
         if (r == 5) /* the last to come: rank 2 has no link with it */
             CHECK(cl_sim_next(sim, &rank, &token) == CL_SIM_IDLE);
         CHECK(cl_submit(cl_sim_engine(sim, r), &request, &operations[r]) == CL_OK);

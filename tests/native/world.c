@@ -166,12 +166,16 @@ world shm_links(int32_t size, const cl_settings *settings)
     return w;
 }
 
-world shm_world(int32_t size, const cl_settings *settings)
+static world started(world w)
 {
-    world w = shm_links(size, settings);
-    for (int32_t r = 0; r < size; r++)
+    for (int32_t r = 0; r < w.size; r++)
         CHECK(cl_engine_start(w.engines[r]) == CL_OK);
     return w;
+}
+
+world shm_world(int32_t size, const cl_settings *settings)
+{
+    return started(shm_links(size, settings));
 }
 
 static void tcp_pair(int pair[2])
@@ -188,7 +192,7 @@ static void tcp_pair(int pair[2])
     close(listener);
 }
 
-world tcp_world(int32_t size, const cl_settings *settings)
+world tcp_links(int32_t size, const cl_settings *settings)
 {
     world w = {.size = size};
     for (int32_t r = 0; r < size; r++)
@@ -200,10 +204,13 @@ world tcp_world(int32_t size, const cl_settings *settings)
             CHECK(cl_tcp_attach(w.engines[a], b, pair[0]) == CL_OK);
             CHECK(cl_tcp_attach(w.engines[b], a, pair[1]) == CL_OK);
         }
-    for (int32_t r = 0; r < size; r++)
-        CHECK(cl_engine_start(w.engines[r]) == CL_OK);
     plan_world(&w);
     return w;
+}
+
+world tcp_world(int32_t size, const cl_settings *settings)
+{
+    return started(tcp_links(size, settings));
 }
 
 void free_plans(world *w)

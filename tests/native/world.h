@@ -40,6 +40,7 @@ cl_settings tiny_settings(void);
 world shm_world(int32_t size, const cl_settings *settings);
 /* Without threads: driven by cl_engine_progress. */
 world shm_links(int32_t size, const cl_settings *settings);
+world tcp_links(int32_t size, const cl_settings *settings);
 world tcp_world(int32_t size, const cl_settings *settings);
 void plan_world(world *w);
 void free_world(world *w);
