@@ -9,14 +9,18 @@ A deep copy or a pickle of a gated module is an ordinary module without gates.
 """
 
 import types
+import warnings
 from contextlib import ExitStack, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
 
+from commlib.torch.regions import compiled_regions, gate_entry
+
 COMPILED = (
-    "a model with DistributedOptimizer(model=...) cannot be compiled as one graph yet: leave out fullgraph=True, or "
-    "use DistributedOptimizer(optimizer, named_parameters=model.named_parameters())"
+    "torch.compile met the gates of a DistributedOptimizer(model=...) inside of the code that it compiles, which cuts that "
+    "code into pieces: compile the model first, and pass the compiled one as model="
 )
 
 
@@ -43,6 +47,7 @@ class Gates:
         self.listing = listing
         self.is_listing = False
         self._removals = []
+        self._regions = set()  # compiled modules with a gate at their entry
         self._dicts = []  # the gated modules' dicts of parameters
 
     # ---- what the owner of the groups calls
@@ -80,7 +85,7 @@ class Gates:
     def before_read(self, parameter):
         """Somebody is about to read this parameter."""
         if torch.compiler.is_compiling():
-            raise RuntimeError(COMPILED)
+            cut_compiled_code()
         if self.read is not None:
             self.read.add(parameter)
         member = self.member_of.get(parameter)
@@ -107,15 +112,27 @@ class Gates:
         """
         self.member_of = member_of
         gated = set()
+        inside = set()
+        for region in compiled_regions(model):
+            inside.update(region.modules())
+            self._gate_region(region)
         for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
             own = [p for p in dict.values(module._parameters) if p is not None and p in member_of]
             gated.update(own)
-            if own and getattr(module._parameters, "gates", None) is not self:
+            if own and module not in inside and getattr(module._parameters, "gates", None) is not self:
                 self._gate_module(module)
         if "zero_grad" not in vars(model):
             # A bound method, not a closure: in a deep copy of the model it is bound to the copy.
             model.zero_grad = types.MethodType(zero_grad, model)
         return gated
+
+    def _gate_region(self, region):
+        parameters = [parameter for parameter in nn.Module.parameters(region) if parameter in self.member_of]
+        if parameters and region not in self._regions:
+            self._regions.add(region)
+            self._removals.append(gate_entry(region, partial(self.before_forward, parameters)))
 
     def _gate_module(self, module):
         parameters = module._parameters
@@ -218,3 +235,9 @@ def zero_grad(model, set_to_none=True):
             stack.callback(setattr, gates, "is_listing", False)
             stack.enter_context(gates.listing())
         type(model).zero_grad(model, set_to_none)
+
+
+@torch._disable_dynamo
+def cut_compiled_code():
+    """What compiled code meets where a gate is in its midst: it is cut here, or fails if it must be one graph."""
+    warnings.warn(COMPILED, stacklevel=2)

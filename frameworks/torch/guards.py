@@ -104,6 +104,7 @@ def _guarded_in(arguments):
             yield from _guarded_in(argument.values())
 
 
+@torch._disable_dynamo
 def _noticed(function, parameters, args, kwargs):
     """Calls torch's function after whatever has to come before it."""
     if function == _READ_GRADIENT:

@@ -171,11 +171,6 @@ def _check_objects(optimizer, model, named_parameters):
         raise ValueError("pass model or named_parameters, not both: model names its parameters")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
-        raise ValueError(
-            "torch.compile with model= is not supported yet: use DistributedOptimizer(optimizer, "
-            "named_parameters=model.named_parameters())"
-        )
 
 
 def _scales(op, gradient_predivide_factor):

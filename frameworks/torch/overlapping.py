@@ -18,6 +18,7 @@ from commlib.torch.gates import Gates
 from commlib.torch.groups import Phase
 from commlib.torch.guards import Guards
 from commlib.torch.probe import reason_to_wait
+from commlib.torch.regions import scripted_parameters
 from commlib.torch.waiting import Waiting
 
 _log = logging.getLogger("commlib.torch")
@@ -41,7 +42,8 @@ class Overlapping(Waiting):
         self._snapshots = None  # hyper-parameters at the last step()
         self._index_of = {}
         self._ungated = set()  # gradients whose parameters are read without anybody noticing
-        self.gates = Gates(self.open, self._settle, self._unguarded)
+        # torch.compile is to let this code alone where a function that calls gated modules is compiled.
+        self.gates = Gates(torch.compiler.disable(self.open), torch.compiler.disable(self._settle), self._unguarded)
         self.guards = Guards(self.gates.before_read, self._before_gradient)
         exchange.departing = self._guard_after_backward
         self._install_gates()
@@ -61,6 +63,10 @@ class Overlapping(Waiting):
         self._index_of = group_indices(self.optimizer.param_groups)
         gated = self.gates.install(self.model, {gradient.parameter: gradient for gradient in gradients})
         outside = [gradient for gradient in gradients if gradient.parameter not in gated]
+        scripted = scripted_parameters(self.model)
+        if scripted:
+            compiled = [gradient for gradient in gradients if gradient.parameter in scripted]
+            self._ungate(compiled, "torch.jit compiled the code that uses these")
         blind = [gradient for gradient in outside if not self.guards.can_guard(gradient.parameter)]
         self._ungate(blind, "these are not parameters of the model, and of a class of their own")
 
