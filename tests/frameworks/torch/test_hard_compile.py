@@ -123,10 +123,11 @@ def test_copies_of_a_compiled_model_have_no_gates(backend):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_parameters_of_scripted_modules_are_waited_for():
-    model = nn.Sequential(torch.jit.script(make(Plain)), nn.Identity())
-    optimizer = distribute(sgd(model), DoubleCommunicator(), model)
-    train(model, optimizer, DATA)
-    expected = plain_weights(Plain)
-    for name, tensor in weights(model).items():
-        assert torch.equal(tensor, expected[name[2:]]), name
+    models = [nn.Sequential(torch.jit.script(make(Plain)), nn.Identity()) for _ in range(2)]
+    train(models[0], sgd(models[0]), DATA)
+    optimizer = distribute(sgd(models[1]), DoubleCommunicator(), models[1])
+    train(models[1], optimizer, DATA)
+    expected = weights(models[0])
+    for name, tensor in weights(models[1]).items():
+        assert torch.allclose(tensor, expected[name], atol=1e-5), name  # torch.jit itself does not repeat its bits
     assert "torch.jit compiled the code that uses these: 0.last.weight" in optimizer.report()["fallbacks"][0]
