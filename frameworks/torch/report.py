@@ -3,6 +3,9 @@
 This file adds up times that others measured; it measures and changes nothing.
 """
 
+from commlib.plan import Shape
+from commlib.selection import select
+
 
 class Meter:
     """Adds up the communication of one optimizer.
@@ -29,13 +32,15 @@ class Report(dict):
     """What `optimizer.report()` returns: a dict that prints as a table.
 
     Keys:
-        steps: how often step() was called. The first is not in the times: it measures, probes and imports.
+        steps: how often step() was called. The first is not in the times: it measures.
         overlap: "backward and forward", "backward" or "none".
         communication_s: time in which gradients were under way, in seconds, over all steps but the first.
         exposed_s: time for which the main thread waited for them.
         hidden_s: communication_s - exposed_s, at least 0.
         fallbacks: reasons, in words, why something is waited for at step().
-        tensors: name -> {"priority", "nbytes", "exposed_s"}.
+        groups: what travels as one operation, in the order of need, as dicts: "name", "priority", "tensors" (names),
+            "nbytes", "algorithm", "path", "exposed_s".
+        tensors: name -> {"priority", "nbytes", "exposed_s", "group"}; exposed_s is that of the whole group.
     """
 
     def __str__(self):
@@ -46,32 +51,71 @@ class Report(dict):
             f" = {self['hidden_s']:.3f} s hidden ({hidden:.0%}) + {self['exposed_s']:.3f} s exposed",
         ]
         lines += [f"waited for at step(): {reason}" for reason in self["fallbacks"]]
-        if self["tensors"]:
-            width = max(len(name) for name in self["tensors"])
-            lines.append(f"{'priority':>8}  {'parameter':<{width}}  {'bytes':>12}  {'exposed ms':>10}")
-        for name, tensor in sorted(self["tensors"].items(), key=lambda item: item[1]["priority"]):
-            exposed_ms = tensor["exposed_s"] * 1e3
-            lines.append(f"{tensor['priority']:>8}  {name:<{width}}  {tensor['nbytes']:>12,}  {exposed_ms:>10.1f}")
+        if self["groups"]:
+            titles = ("priority", "gradients", "tensors", "bytes", "exposed ms", "algorithm", "path")
+            lines += _table([titles] + [_row(group) for group in self["groups"]])
         return "\n".join(lines)
+
+
+def _row(group):
+    return (f"{group['priority']}", group["name"], f"{len(group['tensors'])}", f"{group['nbytes']:,}",
+            f"{group['exposed_s'] * 1e3:.1f}", group["algorithm"], group["path"])  # fmt: skip
+
+
+def _table(rows):
+    """Lines of equal columns: texts to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    sides = "><>>><<"
+    return ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths)).rstrip() for row in rows]
 
 
 def make_report(meter, exchange, overlap, fallbacks):
     """The Report of an optimizer, from its Meter, its GradientExchange, what overlaps and why the rest does not."""
-    exposed_s = exchange.exposed_s
+    groups = sorted(exchange.groups, key=lambda group: group.priority)
     return Report(
         steps=meter.steps,
         overlap=overlap,
         communication_s=meter.communication_s,
-        exposed_s=exposed_s,
-        hidden_s=max(0.0, meter.communication_s - exposed_s),
+        exposed_s=exchange.exposed_s,
+        hidden_s=max(0.0, meter.communication_s - exchange.exposed_s),
         fallbacks=list(fallbacks),
+        groups=[_described(group, exchange.communicator) for group in groups],
         tensors={
             gradient.name: {
                 "priority": gradient.priority,
                 "nbytes": gradient.parameter.numel() * gradient.parameter.element_size(),
                 "exposed_s": group.exposed_s,
+                "group": group.name,
             }
-            for group in exchange.groups
+            for group in groups
             for gradient in group.gradients
         },
     )
+
+
+def _described(group, communicator):
+    algorithm, path = _route(communicator, group.nbytes)
+    return {
+        "name": group.name,
+        "priority": group.priority,
+        "tensors": [gradient.name for gradient in group.gradients],
+        "nbytes": group.nbytes,
+        "algorithm": algorithm,
+        "path": path,
+        "exposed_s": group.exposed_s,
+    }
+
+
+def _route(communicator, nbytes):
+    """Which algorithm an all-reduce of so many bytes takes, and over what; empty where the communicator cannot tell."""
+    settings = getattr(communicator, "settings", None)
+    if settings is None:
+        return "", ""
+    if communicator.backend != "native":
+        return "its own", communicator.backend
+    shape = Shape(communicator.host_sizes)
+    algorithm = select("allreduce", nbytes, shape, settings, overlapped=True).algorithm
+    inside = "tcp" if settings.transport == "tcp" else "shm"
+    if shape.hosts == 1:
+        return algorithm, inside
+    return algorithm, "tcp" if max(communicator.host_sizes) == 1 else f"{inside}, tcp between hosts"

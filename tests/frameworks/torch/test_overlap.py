@@ -356,4 +356,6 @@ def test_report_adds_up():
     assert report["communication_s"] == 2.0  # of two steps, from 1.0 to 2.0 on the double's clock
     assert report["hidden_s"] == report["communication_s"] - report["exposed_s"]
     assert report["tensors"]["scale.weight"]["nbytes"] == 256
+    assert [group["priority"] for group in report["groups"]] == list(range(7))
+    assert report["tensors"]["scale.weight"]["group"] == "scale.weight"
     assert "scale.weight" in str(report) and "hidden" in str(report)
