@@ -59,7 +59,7 @@ def main():
     parser.add_argument("--output", required=True, help="raw data, as JSON")
     arguments = parser.parse_args()
     absent = install_missing(arguments.peers)
-    with recorded(arguments.output, absent) as results:
+    with recorded(arguments.output, arguments.peers, absent) as results:
         results["allreduce"] = {}
         for size in arguments.ranks:
             with groups([name for name in arguments.peers if name not in absent], size, absent) as started:

@@ -59,25 +59,31 @@ def install(name):
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
         peer.build(folder)
     except (OSError, subprocess.SubprocessError) as error:
+        (folder / "log").write_text(output_of(error))
         (folder / "absent").write_text(reason_of(error) + "\n")
         print(f"{name} is absent: {reason_of(error)}", file=sys.stderr)
     else:
         (folder / "complete").touch()
 
 
+def output_of(error):
+    """What the program of a failed call has printed; of one that ran out of time, bytes."""
+    pieces = [piece for piece in (getattr(error, "stdout", None), getattr(error, "stderr", None)) if piece]
+    return "".join(piece if isinstance(piece, str) else piece.decode(errors="replace") for piece in pieces)
+
+
 def reason_of(error):
-    """One line for a table: the first error of a compiler or of pip, without paths of this machine.
+    """One line for a table: the first error of a compiler, else of pip, without paths of this machine.
 
     Example:
         >>> reason_of(OSError("no compiler"))
         'cannot be installed: no compiler'
     """
-    output = (getattr(error, "stdout", None) or "") + (getattr(error, "stderr", None) or "")
-    lines = [line.strip() for line in output.splitlines()]
-    errors = [line for line in lines if re.search(r"\berror: (?!subprocess-exited)", line, re.IGNORECASE)]
-    text = errors[0] if errors else lines[-1] if lines else str(error)
-    verb = "does not build" if errors and not errors[0].startswith("ERROR: ") else "cannot be installed"
-    return f"{verb}: {re.sub(r'(/[^/ :]+)+/', '', text)}"
+    lines = [line.strip() for line in output_of(error).splitlines()]
+    of_compiler = [line for line in lines if re.search(r"\berror: (?!subprocess-exited)", line)]
+    of_pip = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    text = [*of_compiler, *of_pip, str(error)][0]
+    return f"{'does not build' if of_compiler else 'cannot be installed'}: {re.sub('(/[^/ :]+)+/', '', text)}"
 
 
 def install_missing(names=PEERS):

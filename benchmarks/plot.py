@@ -12,8 +12,10 @@ import pathlib
 import re
 import statistics
 
+from peers import OURS
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-OURS, BASELINE = "commlib", "gloo"
+BASELINE = "gloo"
 
 
 def load(folder):
@@ -35,10 +37,12 @@ def allreduce_table(records):
     record = records["allreduce"]
     times = medians(record["allreduce"]["2"])
     names = [*times, *(name for name in record["absent"] if name not in times)]
-    lines = [["bytes", *names, "against the fastest other", f"against {BASELINE}"]]
-    for nbytes in times[OURS]:
+    ours = [name for name in OURS if name in times]
+    lines = [["bytes", *names, "fastest other", *(f"{name} against it" for name in ours)]]
+    for nbytes in times[ours[0]]:
         cells = [microseconds(times[name].get(nbytes)) if name in times else "absent" for name in names]
-        lines.append([size_text(nbytes), *cells, against_fastest(times, nbytes), against(times, BASELINE, nbytes)])
+        other = fastest_other(times, nbytes)
+        lines.append([size_text(nbytes), *cells, other or "", *(against(times, name, other, nbytes) for name in ours)])
     return "\n".join([f"Microseconds. {about(record)}", "", *markdown(lines), "", *absences(record)]).rstrip()
 
 
@@ -47,12 +51,13 @@ def crowded_table(records):
     record = records["allreduce"]
     counts = [count for count in record["allreduce"] if count != "2"]
     times = {count: medians(record["allreduce"][count]) for count in counts}
-    lines = [["bytes", *(f"{count} ranks: {column}" for count in counts for column in (OURS, BASELINE, "against"))]]
-    for nbytes in times[counts[0]][OURS]:
+    columns = (OURS[0], BASELINE, f"against {BASELINE}")
+    lines = [["bytes", *(f"{count} ranks: {column}" for count in counts for column in columns)]]
+    for nbytes in times[counts[0]][OURS[0]]:
         lines.append([size_text(nbytes)])
         for count in counts:
-            own = [microseconds(times[count].get(name, {}).get(nbytes)) for name in (OURS, BASELINE)]
-            lines[-1] += [*own, against(times[count], BASELINE, nbytes)]
+            own = [microseconds(times[count].get(name, {}).get(nbytes)) for name in columns[:2]]
+            lines[-1] += [*own, against(times[count], OURS[0], BASELINE, nbytes)]
     return "\n".join([f"Microseconds. {about(record)}", "", *markdown(lines)])
 
 
@@ -98,18 +103,17 @@ def absences(record):
     return [f"Not measured: {name}: {reason}." for name, reason in record["absent"].items()]
 
 
-def against_fastest(times, nbytes):
-    """How many times as fast as the fastest other peer."""
-    others = [name for name in times if name != OURS and nbytes in times[name]]
-    fastest = min(others, key=lambda name: times[name][nbytes], default=None)
-    return f"{against(times, fastest, nbytes)} {fastest}" if fastest else ""
+def fastest_other(times, nbytes):
+    """The fastest peer at a size; None if no other was measured."""
+    others = [name for name in times if name not in OURS and nbytes in times[name]]
+    return min(others, key=lambda name: times[name][nbytes], default=None)
 
 
-def against(times, other, nbytes):
+def against(times, name, other, nbytes):
     """How many times as fast as another peer."""
-    if nbytes not in times.get(other, {}) or nbytes not in times[OURS]:
+    if nbytes not in times.get(other, {}) or nbytes not in times.get(name, {}):
         return ""
-    return f"{times[other][nbytes] / times[OURS][nbytes]:.2f}x"
+    return f"{times[other][nbytes] / times[name][nbytes]:.2f}x"
 
 
 def microseconds(seconds):
@@ -157,7 +161,7 @@ def draw(record, path):
     for axes, (count, of_peers) in zip(figure.subplots(1, len(runs), squeeze=False, sharey=True)[0], runs.items()):
         for name, of_sizes in medians(of_peers).items():
             axes.plot(list(of_sizes), list(of_sizes.values()), marker="o", label=name, markersize=3,
-                      linewidth=2.5 if name == OURS else 1)  # fmt: skip
+                      linewidth=2.5 if name in OURS else 1)  # fmt: skip
         axes.set(yscale="log", xlabel="bytes", title=f"all-reduce, {count} ranks")
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)

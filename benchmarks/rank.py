@@ -10,7 +10,6 @@ import socket
 import sys
 import time
 
-import numpy
 from peers import PEERS
 
 URGENT, ORDINARY = 0, 1
@@ -19,13 +18,13 @@ BUSY_S = 0.005  # the large operation is well under way by then
 
 def blocking(peer, nbytes, repeats):
     """Seconds of each of some all-reduces, one after the other."""
-    array = numpy.zeros(nbytes // 4, numpy.float32)
-    return [timed(lambda: peer.allreduce(array)) for _ in range(repeats)]
+    allreduce = peer.prepare(peer.array(nbytes), "benchmark")
+    return [timed(allreduce) for _ in range(repeats)]
 
 
 def at_once(peer, count, nbytes, repeats):
     """Seconds from the submission of the first of `count` tensors to the end of all of them."""
-    arrays = [numpy.zeros(nbytes // 4, numpy.float32) for _ in range(count)]
+    arrays = [peer.array(nbytes) for _ in range(count)]
 
     def all_of_them():
         waits = [peer.start(array, f"tensor {index}", ORDINARY) for index, array in enumerate(arrays)]
@@ -37,10 +36,10 @@ def at_once(peer, count, nbytes, repeats):
 
 def urgent(peer, nbytes, behind_nbytes, repeats):
     """Seconds of an urgent all-reduce that is submitted while a large one is moving."""
-    large, small = (numpy.zeros(n // 4, numpy.float32) for n in (behind_nbytes, nbytes))
-    times_s = []
+    large, small = peer.array(behind_nbytes), peer.array(nbytes)
+    meet, times_s = peer.prepare(peer.array(nbytes), "meet"), []
     for _ in range(repeats):
-        peer.allreduce(small)  # all ranks are here
+        meet()
         wait = peer.start(large, "large", ORDINARY)
         time.sleep(BUSY_S)
         times_s.append(timed(lambda: peer.start(small, "urgent", URGENT)()))

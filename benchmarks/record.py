@@ -9,15 +9,16 @@ import platform
 import subprocess
 
 from environments import absence, versions
-from peers import HERE, PEERS
+from peers import HERE
 
 
 @contextlib.contextmanager
-def recorded(path, absent):
+def recorded(path, names, absent):
     """Yields a dict for the results, and writes it to a JSON file with all that a reader must know beside them.
 
     Args:
         path: of the file.
+        names: of the peers that were to be measured.
         absent: {peer: why it was not measured, or not to the end}; it may grow meanwhile.
     """
     results = {}
@@ -30,7 +31,7 @@ def recorded(path, absent):
     }  # fmt: skip
     yield results
     about["load_after"] = os.getloadavg()
-    about["versions"] = {name: versions(name) for name in PEERS if absence(name) is None}
+    about["versions"] = {name: versions(name) for name in names if absence(name) is None}
     about["absent"] = absent
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
