@@ -19,7 +19,8 @@ from torch_models import resnet50
 import commlib
 import commlib.torch as comm
 from commlib.torch.gradients import GradientExchange
-from commlib.torch.optimizer import named_parameters_of, wrap
+from commlib.torch.naming import Names
+from commlib.torch.optimizer import wrap
 
 
 class DoneHandle:
@@ -64,13 +65,13 @@ def one_rank(model, optimizer):
 def free(model, optimizer):
     """Wrapped, with communication of zero cost."""
     exchange = GradientExchange(FreeCommunicator(), op=commlib.Average, presence=True)
-    return wrap(optimizer, exchange, named_parameters_of(optimizer, model, None), model)
+    return wrap(optimizer, exchange, Names(model), model)
 
 
 def horovod(model, optimizer):
     """Horovod's form, with communication of zero cost."""
     exchange = GradientExchange(FreeCommunicator(), op=commlib.Average)
-    return wrap(optimizer, exchange, named_parameters_of(optimizer, None, model.named_parameters()))
+    return wrap(optimizer, exchange, Names(None, model.named_parameters()))
 
 
 FORMS = {"plain": plain, "one rank": one_rank, "zero cost": free, "zero cost, Horovod's form": horovod}

@@ -2,8 +2,8 @@
 
 Reading happens in two ways. Somebody takes a parameter out of a module, by attribute (`self.decoder.weight`), by
 `parameters()`, `state_dict()` or anything built on them: the module's dict of parameters is replaced by one that opens the
-gate first. Or a module's forward begins that may hold its parameters in other ways: a forward pre-hook. This file knows modules; what opening means it is told by
-functions, so it knows neither gradients nor optimizers.
+gate first. Or a module's forward begins that may hold its parameters in other ways: a forward pre-hook. This file knows
+modules; what opening means it is told by functions, so it knows neither gradients nor optimizers.
 
 A deep copy or a pickle of a gated module is an ordinary module without gates.
 """
