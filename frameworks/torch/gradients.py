@@ -15,6 +15,7 @@ import torch
 from commlib.torch.groups import LADDER, Gradient, Group, Phase, can_share, members_of_groups
 from commlib.torch.order import FirstUse
 from commlib.torch.presence import Presence
+from commlib.torch.sparse import SparseGroup, SparseSet
 from commlib.torch.tensors import buffer_of, check_tensor, real_view
 
 TOO_MANY_PASSES = (
@@ -73,7 +74,7 @@ class GradientExchange:
         op: commlib.Average, Sum, ...
         prescale_factor, postscale_factor: multiplied before and after the reduction.
         passes: backward passes that accumulate locally before a gradient is sent.
-        sparse_as_dense: turn sparse gradients into dense ones (otherwise they are an error).
+        sparse_as_dense: turn sparse gradients into dense ones (otherwise their rows are gathered).
         presence: a gradient that no rank had stays None; otherwise it becomes zeros, as in Horovod.
         prefix: put before the names of the operations.
         ladder: capacities of groups, see groups.LADDER; None: every gradient by itself.
@@ -101,6 +102,7 @@ class GradientExchange:
         self.departing = None  # departing() is called when the first gradient of a step leaves
         self._options = {"op": op, "prescale_factor": prescale_factor, "postscale_factor": postscale_factor,
                          "overlapped": True}  # fmt: skip
+        self.sparse = SparseSet()
         self._sparse_as_dense = sparse_as_dense
         self._keeps_none = presence
         self._ladder = ladder
@@ -118,6 +120,7 @@ class GradientExchange:
         gradient = Gradient(parameter, name, len(self.gradients))
         self.gradients.append(gradient)
         self.parameters.append(parameter)
+        self.sparse.is_agreed = False
         self.first_use.add()
         self._wants = True
         if self._presence is None:
@@ -137,7 +140,11 @@ class GradientExchange:
         self._wants = True
 
     def _add_group(self, members):
-        group = Group(members, self.prefix, self._options)
+        sparse_dim = self.sparse.dims.get(members[0].number)
+        if sparse_dim is None:
+            group = Group(members, self.prefix, self._options)
+        else:
+            group = SparseGroup(members, self.prefix, self._options, sparse_dim)
         group.rest(self.passes)
         self.groups.append(group)
 
@@ -208,6 +215,8 @@ class GradientExchange:
         self._closed = True
         for gradient in [gradient for gradient in self._asleep if gradient.parameter.requires_grad]:
             self._wake(gradient)
+        if not self.sparse.is_agreed:
+            self._agree_on_sparse()
         idle = [group for group in self.groups if group.phase is _IDLE]
         absent = [gradient for group in idle for gradient in self._absent_of(group)]
         self._wants |= any(not gradient.parameter.requires_grad for gradient in absent)
@@ -220,6 +229,12 @@ class GradientExchange:
             if len(group.absent) < len(group.gradients) or any(p.requires_grad for p in group.parameters):
                 self.send(group)
 
+    def _agree_on_sparse(self):
+        name = f"{self.prefix}sparse of {self.gradients[0].name}"
+        for number in self.sparse.agree(lambda payload: self.communicator.exchange(payload, name=name)):
+            self.groups.remove(self.gradients[number].group)
+            self._add_group([self.gradients[number]])
+
     def _absent_of(self, group):
         group.absent = [index for index, parameter in enumerate(group.parameters) if parameter.grad is None]
         return [group.gradients[index] for index in group.absent]
@@ -231,12 +246,14 @@ class GradientExchange:
         for index, tensor in enumerate(tensors):
             if tensor is None or tensor.dtype is not dtype or tensor.requires_grad or tensor.layout is not strided:
                 if index not in group.absent:
-                    tensors[index] = self._dense(group.gradients[index])
+                    tensors[index] = self._checked(group.gradients[index])
+                    if tensors[index] is None:
+                        return  # sparse: `close` sends it
         if len(tensors) > 1 and (group.absent or tensors[0].dtype is not dtype) and not group.fits():
             self._send_apart(group)
             return
         group.versions = [None if tensor is None else tensor._version for tensor in tensors]
-        group.handle = self.communicator.allreduce_async_(group.gather(), **group.options)
+        group.handle = group.submit(self.communicator)
         group.phase = _FLYING
         self.flying += 1
         if self.flying == 1 and self.departing is not None:
@@ -253,16 +270,16 @@ class GradientExchange:
             gradient.group.absent = (0,) if index in group.absent else ()
             self.send(gradient.group)
 
-    def _dense(self, gradient):
+    def _checked(self, gradient):
         tensor = gradient.parameter.grad
         if tensor is None:
             raise AssertionError(f"{ZEROED_IN_FLIGHT} (parameter {gradient.name!r})")
         if tensor.requires_grad:
             raise ValueError(f"the gradient of {gradient.name!r} requires a gradient: create_graph is not supported")
-        if tensor.is_sparse and not self._sparse_as_dense:
-            raise ValueError(
-                f"the gradient of {gradient.name!r} is sparse: pass sparse_as_dense=True to DistributedOptimizer"
-            )
+        if gradient.number in self.sparse.dims:
+            return tensor
+        if tensor.is_sparse and not self._sparse_as_dense and self.sparse.noticed(gradient, tensor):
+            return None
         if tensor.is_sparse:
             tensor = gradient.parameter.grad = tensor.to_dense()
         check_tensor(real_view(tensor), f"the gradient of {gradient.name!r}")
@@ -324,7 +341,7 @@ class GradientExchange:
             if group.phase is _FLYING:
                 self.check_untouched(group)
                 self.wait(group)
-                for index in group.absent:
+                for index in (0,) if isinstance(group, SparseGroup) else group.absent:
                     group.parameters[index].grad = group.tensors[index]
 
     def claim(self):
@@ -378,7 +395,7 @@ class GradientExchange:
     def regroup(self):
         """At the end of a step at which it is due on all ranks, with nothing in flight: new priorities and groups."""
         self.regroup_due = self._wants = False
-        apart = [gradient.number for gradient in self.gradients if not can_share(gradient.parameter)]
+        apart = [*self.sparse.dims, *(g.number for g in self.gradients if not can_share(g.parameter))]
         mine = json.dumps({"measured": self.first_use.measured, "apart": apart}).encode()
         name = f"{self.prefix}order of {self.gradients[0].name}"
         told = [json.loads(payload) for payload in self.communicator.exchange(mine, name=name)]

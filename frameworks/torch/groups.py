@@ -104,6 +104,10 @@ class Group:
             parameter.numel() for parameter in self.parameters
         ) * (self.parameters[0].element_size())
 
+    def submit(self, communicator):
+        """Sends the group's bytes. Returns the operation's handle."""
+        return communicator.allreduce_async_(self.gather(), **self.options)
+
     def gather(self):
         """Brings the members' tensors together. Returns the Buffer to be reduced in place."""
         if len(self.gradients) == 1:

@@ -109,7 +109,8 @@ class Overlapping(Waiting):
     def _probe(self):
         self._probed = True
         bundles = [group.parameters for group in self.exchange.groups]
-        reason = reason_to_wait(self.optimizer, self.real_class, bundles)
+        sparse = {self.exchange.parameters[number] for number in self.exchange.sparse.dims}
+        reason = reason_to_wait(self.optimizer, self.real_class, bundles, sparse)
         if reason is not None:
             self._waits = True
             self._say(f"{self.real_class.__name__}: {reason}")

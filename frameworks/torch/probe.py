@@ -19,13 +19,14 @@ _SEED = 20260
 _NOT_COPIED = ("step", "_commlib")
 
 
-def reason_to_wait(optimizer, real_class, bundles):
+def reason_to_wait(optimizer, real_class, bundles, sparse=frozenset()):
     """Why this optimizer cannot be stepped bundle by bundle, in words; None if it can.
 
     Args:
         optimizer: the user's optimizer; it is only read.
         real_class: its class, without commlib's.
         bundles: lists of parameters that are to be stepped together; all the parameters that get gradients.
+        sparse: those of them whose gradients are sparse.
     """
     random_state = torch.get_rng_state()
     try:
@@ -33,8 +34,9 @@ def reason_to_wait(optimizer, real_class, bundles):
         parts, parts_of = _twin(optimizer, real_class)
         with torch.enable_grad():
             for number, scale in enumerate(_SCALES):
-                _step_whole(whole, [[whole_of[id(p)] for p in bundle] for bundle in bundles], number, scale)
-                _step_parts(parts, [[parts_of[id(p)] for p in bundle] for bundle in bundles], number, scale)
+                for step, twin, copy_of in ((_step_whole, whole, whole_of), (_step_parts, parts, parts_of)):
+                    copies = [[copy_of[id(p)] for p in bundle] for bundle in bundles]
+                    step(twin, copies, {copy_of[id(p)] for p in sparse}, number, scale)
         if not torch.equal(torch.get_rng_state(), random_state):
             return "it draws random numbers"
         place = _difference(_visible(whole), _visible(parts), real_class.__name__, set())
@@ -58,24 +60,26 @@ def _twin(optimizer, real_class):
     return twin, {id(parameter): memo[id(parameter)] for parameter in originals}
 
 
-def _give_gradients(parameters, seed, scale):
+def _give_gradients(parameters, sparse, seed, scale):
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters:
-        noise = torch.randn(parameter.shape, generator=generator) * scale
-        parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(noise)
+        dtype = torch.complex64 if parameter.is_complex() else torch.float32
+        noise = torch.randn(parameter.shape, generator=generator, dtype=dtype) * scale
+        gradient = torch.empty_like(parameter, requires_grad=False).copy_(noise)
+        parameter.grad = gradient.to_sparse(1) if parameter in sparse else gradient
 
 
-def _step_whole(twin, bundles, number, scale):
+def _step_whole(twin, bundles, sparse, number, scale):
     for index, bundle in enumerate(bundles):
-        _give_gradients(bundle, _SEED + 1000 * number + index, scale)
+        _give_gradients(bundle, sparse, _SEED + 1000 * number + index, scale)
     type(twin).step(twin)
 
 
-def _step_parts(twin, bundles, number, scale):
+def _step_parts(twin, bundles, sparse, number, scale):
     snapshots, index_of = snapshot(twin.param_groups), group_indices(twin.param_groups)
     # Last to first, as no order may matter.
     for index, bundle in reversed(list(enumerate(bundles))):
-        _give_gradients(bundle, _SEED + 1000 * number + index, scale)
+        _give_gradients(bundle, sparse, _SEED + 1000 * number + index, scale)
         step_groups(twin, type(twin).step, groups_of(bundle, index_of, snapshots))
         for parameter in bundle:
             parameter.grad = None
@@ -121,7 +125,10 @@ def _difference(first, second, place, seen):
 
 def same_bits(first, second):
     """Whether two tensors have the same shape, dtype and bits; NaN equals the same NaN, 0 does not equal -0."""
-    if first.shape != second.shape or first.dtype != second.dtype:
+    if first.shape != second.shape or first.dtype != second.dtype or first.layout != second.layout:
         return False
+    if first.is_sparse:
+        first, second = first.coalesce(), second.coalesce()
+        return torch.equal(first.indices(), second.indices()) and same_bits(first.values(), second.values())
     bits = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)]
     return torch.equal(*bits)

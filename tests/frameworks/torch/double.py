@@ -47,7 +47,8 @@ class DoubleCommunicator:
         return DoubleHandle(self, name)
 
     def exchange(self, payload, *, name):
-        return [self._rank_0_says or payload] + [payload] * (self.size - 1)
+        said = self._rank_0_says if "order" in name else None
+        return [said or payload] + [payload] * (self.size - 1)
 
 
 def distribute(optimizer, communicator, model=None, named_parameters=None, overlap_forward=True, ladder=None, **options):

@@ -355,7 +355,55 @@ WITH_ALL_OPTIMIZERS = {
                      copies)
     },
 }  # fmt: skip
+# ---- sparse gradients
+
+
+class Words(nn.Module):
+    """Two sparse embeddings, of which the second is used by some ranks and in some steps only; and a dense layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(20, 4, sparse=True)
+        self.rare = nn.EmbeddingBag(5, 4, sparse=True, mode="sum")
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, batch):
+        tokens = (batch.x.abs() * 10).long() % 20
+        hidden = self.words(tokens).sum(1)
+        if (batch.rank + batch.step) % 2:
+            hidden = hidden + self.rare(tokens % 5)
+        return self.last(hidden)
+
+
+def sparse(make_sparse, as_dense=False):
+    """An optimizer that takes sparse gradients for the embeddings, and another for the rest."""
+
+    def case(trainer):
+        model = trainer.model(Words)
+        embeddings = [*model.words.parameters(), *model.rare.parameters()]
+        optimizers = [make_sparse(embeddings), torch.optim.SGD(model.last.parameters(), lr=0.1)]
+        options = {"sparse_as_dense": True} if as_dense and not trainer.alone else {}
+        optimizers = [trainer.wrap(optimizer, model, **options) for optimizer in optimizers]
+        for step in range(6):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            trainer.loss(model, step, lambda model, batch: nn.functional.cross_entropy(model(batch), batch.target)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        return tensors_of(model)
+
+    return case
+
+
+SPARSE = {
+    "sparse SGD": sparse(lambda p: torch.optim.SGD(p, lr=0.1)),
+    "sparse SGD with momentum": sparse(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+    "sparse Adagrad": sparse(lambda p: torch.optim.Adagrad(p, lr=0.1)),
+    "SparseAdam": sparse(lambda p: torch.optim.SparseAdam(p, lr=0.1)),
+    "sparse as dense": sparse(lambda p: torch.optim.SGD(p, lr=0.1), as_dense=True),
+}
 WITH_ITS_OWN = {
+    **SPARSE,
     "lbfgs": lbfgs(None),
     "lbfgs, strong_wolfe": lbfgs("strong_wolfe"),
     **{case.__name__: case for case in (fused, foreach, capturable, options_changed_by_loading)},
