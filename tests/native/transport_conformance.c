@@ -291,6 +291,15 @@ static struct pollfd sleeping_place(world *w, side *s)
     return (struct pollfd){descriptor, (short)events, 0}; /* EPOLLIN, EPOLLOUT and POLLIN, POLLOUT are the same bits */
 }
 
+/* Falls asleep, unless arm() forbids it. False: nothing ends the sleep. */
+static bool wakes_up(world *w, side *s)
+{
+    struct pollfd place = sleeping_place(w, s);
+    bool awake = s->link->transport->arm(s->link) != CL_OK || poll(&place, 1, STUCK_MS) > 0;
+    s->link->transport->disarm(s->link);
+    return awake;
+}
+
 /* Nothing moved: both sides fall asleep, unless arm() forbids it, and something must wake one of them. */
 static void sleep_both(world *w)
 {
@@ -444,11 +453,9 @@ static void last_words_come_before_the_loss(const transport_factory *factory, ui
     staying->link->transport->progress(staying->link);
     close_side(leaving);
     const bool tells_close = factory->traits & TELLS_CLOSE;
-    while (progress(staying) > 0 || (tells_close && staying->lost == 0)) {
-        struct pollfd place = sleeping_place(&w, staying);
+    while (progress(staying) > 0 || (tells_close && staying->lost == 0))
         if (tells_close)
-            EXPECT(staying->lost > 0 || poll(&place, 1, STUCK_MS) > 0, "the end of the peer wakes nobody");
-    }
+            EXPECT(staying->lost > 0 || wakes_up(&w, staying), "the end of the peer wakes nobody");
     EXPECT(staying->received == leaving->nframes, "%u of %u last words came", staying->received, leaving->nframes);
     EXPECT(staying->lost == tells_close, "lost() %d times", staying->lost);
     EXPECT(progress(staying) == 0, "a lost link moves on");
@@ -462,10 +469,8 @@ static void a_break_inside_a_frame_is_a_loss(const transport_factory *factory, u
     while (offer(&w.sides[0]) || progress(&w.sides[0]) > 0)
         ;
     close_side(&w.sides[0]);
-    while (w.sides[1].lost == 0) {
-        struct pollfd place = sleeping_place(&w, &w.sides[1]);
-        EXPECT(progress(&w.sides[1]) > 0 || poll(&place, 1, STUCK_MS) > 0, "the break is not noticed");
-    }
+    while (w.sides[1].lost == 0)
+        EXPECT(progress(&w.sides[1]) > 0 || wakes_up(&w, &w.sides[1]), "the break is not noticed");
     EXPECT(w.sides[1].link->transport->arm(w.sides[1].link) == CL_OK, "a lost link cannot sleep");
     close_world(&w);
 }
@@ -520,8 +525,9 @@ static void a_child_with_the_descriptors_hides_no_close(const transport_factory 
         pause();
         _exit(0);
     }
-    close_side(&w.sides[0]);
     struct pollfd place = sleeping_place(&w, &w.sides[1]);
+    EXPECT(w.sides[1].link->transport->arm(w.sides[1].link) == CL_OK, "an idle link must not keep awake");
+    close_side(&w.sides[0]);
     const bool woken = poll(&place, 1, STUCK_MS) > 0;
     progress(&w.sides[1]);
     kill(child, SIGKILL);
