@@ -18,7 +18,8 @@ BUILDS = {
     "address and undefined behaviour": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover"],
     "threads": ["-O1", "-g", "-fsanitize=thread"],
 }
-ARGUMENTS = {"engine_test": [], "sim_test": ["1", "600"], "faults_test": [], "memory_test": []}
+ARGUMENTS = {"engine_test": [], "sim_test": ["1", "600"], "faults_test": [], "memory_test": [],
+             "ticket_test": []}
 LINKED_WITH = {"memory_test": ["-Wl," + ",".join(f"--wrap={name}" for name in ("malloc", "calloc", "realloc", "free"))]}
 
 

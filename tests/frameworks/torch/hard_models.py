@@ -74,7 +74,8 @@ class Attention(nn.Module):
     def __init__(self):
         super().__init__()
         self.last = nn.Linear(WIDTH, CLASSES)
-        self.block = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
+        # Without biases: softmax cancels that of the keys, whose gradient is rounding alone, and Lion takes its sign.
+        self.block = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True, bias=False)
         self.first = nn.Linear(1, WIDTH)
 
     def forward(self, x):
