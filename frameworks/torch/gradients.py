@@ -82,6 +82,7 @@ class GradientExchange:
     Attributes:
         gradients, parameters: a Gradient per tracked parameter.
         groups: what is sent as one, in the order of need.
+        asleep: gradients of frozen parameters, which nobody sends.
         regroup_due: whether all ranks are to call `regroup` at the end of this step.
     """
 
@@ -107,7 +108,7 @@ class GradientExchange:
         self._keeps_none = presence
         self._ladder = ladder
         self._spans = []  # (started_s, done_s) of operations that were waited for
-        self._asleep = []  # gradients of frozen parameters: nobody sends them
+        self.asleep = []
         self._closed = False  # whether every parameter's gradient of this step has been sent
         self._wants = True  # whether this rank wants new groups
         self._presence = None
@@ -125,14 +126,14 @@ class GradientExchange:
         self._wants = True
         if self._presence is None:
             self._presence = Presence(self.communicator, f"{self.prefix}presence of {name}")
-        self._asleep.append(gradient)
+        self.asleep.append(gradient)
         if parameter.requires_grad:
             self._wake(gradient)
         return gradient
 
     def _wake(self, gradient):
         """A parameter requires gradients: until the next regrouping they travel by themselves."""
-        self._asleep.remove(gradient)
+        self.asleep.remove(gradient)
         hooks = (gradient.parameter._post_accumulate_grad_hooks or {}).values()
         if not any(isinstance(hook, Arrival) and hook.exchange is self for hook in hooks):
             Arrival(self, gradient)
@@ -213,7 +214,7 @@ class GradientExchange:
                 "DistributedOptimizer"
             )
         self._closed = True
-        for gradient in [gradient for gradient in self._asleep if gradient.parameter.requires_grad]:
+        for gradient in [gradient for gradient in self.asleep if gradient.parameter.requires_grad]:
             self._wake(gradient)
         if not self.sparse.is_agreed:
             self._agree_on_sparse()
@@ -406,9 +407,9 @@ class GradientExchange:
         ordered = used + [gradient for gradient in self.gradients if gradient.number not in known]
         for priority, gradient in enumerate(ordered):
             gradient.priority = priority
-        self._asleep = [gradient for gradient in ordered if not gradient.parameter.requires_grad]
+        self.asleep = [gradient for gradient in ordered if not gradient.parameter.requires_grad]
         exposed_s = {gradient: group.exposed_s for group in self.groups for gradient in group.gradients}
-        for gradient in self._asleep:
+        for gradient in self.asleep:
             gradient.group, gradient.left = None, 0
         self.groups = []
         awake = [gradient for gradient in ordered if gradient.parameter.requires_grad]

@@ -261,7 +261,10 @@ class Overlapping(Waiting):
                 self.guards.guard(group.parameters)
 
     def zero_grad(self, set_to_none):
-        """The user's own zero_grad; pending gradients are not in p.grad any more."""
+        """The user's own zero_grad; pending gradients are not in p.grad any more, so there may be nothing to do."""
+        is_all_pending = len(self.gates.pending) == len(self.exchange.groups) and not self.exchange.asleep
+        if is_all_pending and self.real_class.zero_grad is torch.optim.Optimizer.zero_grad:
+            return
         with self._unguarded():
             super().zero_grad(set_to_none)
 
