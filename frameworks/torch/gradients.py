@@ -95,6 +95,7 @@ class GradientExchange:
         self.passes = passes
         self.prefix = prefix
         self.exposed_s = 0.0
+        self.steps = 0  # how many the optimizer has made
         self.flying = 0  # how many groups are being reduced for a step() still to come
         self.first_use = FirstUse()
         self.regroup_due = False
@@ -224,7 +225,8 @@ class GradientExchange:
         self._wants |= self.first_use.end_step()
         self.regroup_due = self.regroup_due or not self.first_use.cohorts or self._presence.wanted()
         wants = self._wants and not self.regroup_due
-        self._presence.send(len(self.gradients), [gradient.number for gradient in absent], wants)
+        self._presence.check_steps()
+        self._presence.send(len(self.gradients), [gradient.number for gradient in absent], wants, self.steps)
         for group in idle:
             # A frozen parameter is frozen on every rank: a group of them is sent by nobody.
             if len(group.absent) < len(group.gradients) or any(p.requires_grad for p in group.parameters):

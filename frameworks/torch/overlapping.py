@@ -86,6 +86,7 @@ class Overlapping(Waiting):
         self.account()  # of the last step, whose waits came after it
         self.meter.steps += 1
         result = self._put_off() if closure is None and self._may_put_off() else self._whole(closure)
+        self.exchange.steps += 1
         if self.exchange.regroup_due:
             self.finish_updates()
             self._regroup()

@@ -51,6 +51,7 @@ class Waiting:
         self.synchronized = False
         result = self.whole_step() if closure is None else self.whole_step(closure)
         self.exchange.rest()
+        self.exchange.steps += 1
         if self.exchange.regroup_due:
             self.exchange.regroup()
         self.meter.steps += 1

@@ -23,6 +23,7 @@ def torch_ranks(backend):
             sets.pop(size).__exit__(RuntimeError, None, None)
         if size not in sets:
             sets[size] = start(size, **BACKENDS[backend])
+            sets[size].backend = backend
         return sets[size]
 
     yield get

@@ -8,6 +8,7 @@ import commlib
 from commlib.torch.gradients import GradientExchange
 from commlib.torch.naming import Names
 from commlib.torch.optimizer import wrap
+from commlib.torch.tensors import tensor_of
 
 
 class DoubleHandle:
@@ -44,6 +45,8 @@ class DoubleCommunicator:
         assert name not in self.in_flight, f"{name!r} is in flight"
         self.in_flight.add(name)
         self.submitted.append((name, priority))
+        if op is commlib.Sum:
+            tensor_of(buffer).mul_(self.size)
         return DoubleHandle(self, name)
 
     def exchange(self, payload, *, name):

@@ -38,6 +38,8 @@ def check(ranks, module, case, *, as_alone=True, waited_for=None, optimizers=Non
         noisy: optimizers that make steps out of the rounding of gradients which are zero but for it.
     """
     optimizers = tuple(optimizers or OPTIMIZERS)
+    if ranks.backend != "native":
+        optimizers = optimizers[:1]  # who moves the bytes knows nothing of optimizers
     forms = tuple(form for form in forms if as_alone or form != "alone")
     results = ranks.call("hard_support:run", module, case, optimizers, forms)
     for optimizer in optimizers:

@@ -61,3 +61,9 @@ def test_gradients_that_are_not_contiguous(torch_ranks):
     for form in FORMS:
         assert same_bits(results[0]["overlapped"], results[0][form])
         assert same_bits(results[0][form], results[1][form])
+
+
+def test_a_step_that_one_rank_leaves_out_is_told_to_all(torch_ranks):
+    for messages in torch_ranks(2).call("torch_cases:step_left_out_by_one_rank"):
+        for form in FORMS:
+            assert "ranks have made different numbers of steps" in messages[form]

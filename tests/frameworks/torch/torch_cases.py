@@ -181,3 +181,23 @@ def mismatched_parameter():
     except commlib.MismatchError as error:
         message = str(error)
     return message, comm.allreduce(torch.ones(1), op=comm.Sum).item()
+
+
+def step_left_out_by_one_rank():
+    """The errors of all ranks when rank 1 drops the gradients of a step that the others make; None: there was none."""
+    messages = {}
+    for form_name, form in FORMS.items():
+        model = make(Plain)
+        optimizer = form(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        messages[form_name] = None
+        try:
+            for step, (x, target) in enumerate(my_rows(batches(8, ROWS))):
+                nn.functional.cross_entropy(model(x), target).backward()
+                if step == 3 and comm.rank() == 1:
+                    optimizer.synchronize()
+                else:
+                    optimizer.step()
+                optimizer.zero_grad()
+        except RuntimeError as error:
+            messages[form_name] = str(error)
+    return messages
