@@ -1,0 +1,60 @@
+"""What the benchmarks say of their raw data: absent peers are named, ratios are right, tables land between their markers."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import environments  # noqa: E402
+import plot  # noqa: E402
+
+ABOUT = {
+    "machine": {"processor": "P", "architecture": "A", "cores": 2}, "versions": {"gloo": {"torch": "2"}}, "commit": "c0ffee",
+    "date": "2026-01-02T00:00:00", "load_before": [0.5, 0, 0], "load_after": [1.5, 0, 0],
+    "absent": {"horovod": "does not build"},
+}  # fmt: skip
+ALLREDUCE = {**ABOUT, "allreduce": {
+    count: {"commlib": {"8": [1e-6, 2e-6, 3e-6]}, "gloo": {"8": [2e-4]}, "mpich": {"8": [1e-6]}, "openmpi": {"8": []}}
+    for count in ("2", "4", "8")}}  # fmt: skip
+LATENCY = {
+    **ABOUT,
+    "orders": {"at_once": {"count": 1000, "nbytes": 4096}, "idle": {}, "urgent": {"nbytes": 65536, "behind_nbytes": 1 << 28}},
+    "seconds": {"at_once": {"commlib": [2e-3], "oneccl": [3e-3]}, "idle": {"commlib": [1e-5], "oneccl": [2e-5]},
+                "urgent": {"commlib": [1e-4], "oneccl": []}},
+}  # fmt: skip
+
+
+def test_allreduce_table():
+    table = plot.allreduce_table({"allreduce": ALLREDUCE})
+    assert "| 8 B | 2.0 | 200 | 1.0 | absent | mpich | 0.50x |" in table
+    assert "Not measured: horovod: does not build." in table and "load average 0.5 before and 1.5 after" in table
+
+
+def test_crowded_and_latency_tables():
+    assert "| 8 B | 2.0 | 200 | 100.00x | 2.0 | 200 | 100.00x |" in plot.crowded_table({"allreduce": ALLREDUCE})
+    table = plot.latency_table({"latency": LATENCY})
+    assert "| commlib | 2.0 | 10.0 | 100 |" in table and "| oneccl | 3.0 | 20.0 |  |" in table
+
+
+def test_tables_land_between_their_markers(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- table: latency -->\nold\n<!-- end -->\nb\n")
+    said = plot.write_tables({"latency": LATENCY}, readme)
+    text = readme.read_text()
+    assert text.startswith("a\n<!-- table: latency -->\nMicroseconds") and text.endswith("\n<!-- end -->\nb\n")
+    assert "old" not in text and "table latency: 1 in README.md" in said
+    assert any("run benchmarks/allreduce.py first" in line for line in said)
+
+
+@pytest.mark.parametrize("error, reason", [
+    (subprocess.CalledProcessError(1, "pip", "x\n  /usr/a.h:5: error: #error C++17\nERROR: Failed"),
+     "does not build: a.h:5: error: #error C++17"),
+    (subprocess.CalledProcessError(1, "pip", "ERROR: No matching distribution\n"), "cannot be installed: No matching distribution"),
+    (subprocess.TimeoutExpired("pip", 9, b"x"), "cannot be installed: Command 'pip' timed out after 9 seconds"),
+    (FileNotFoundError(2, "No such file", "g++"), "cannot be installed: [Errno 2] No such file: 'g++'"),
+])  # fmt: skip
+def test_reasons_are_one_line_without_paths(error, reason):
+    assert environments.reason_of(error) == reason
