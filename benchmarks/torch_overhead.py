@@ -21,6 +21,7 @@ import commlib.torch as comm
 from commlib.torch.gradients import GradientExchange
 from commlib.torch.naming import Names
 from commlib.torch.optimizer import wrap
+from commlib.torch.tensors import tensor_of
 
 
 class DoneHandle:
@@ -37,7 +38,7 @@ class DoneHandle:
 
 
 class FreeCommunicator:
-    """One of two ranks; communication leaves all bytes as they are and takes no time."""
+    """One of two ranks that have the same gradients; communication takes no time, and averages need none at all."""
 
     size = 2
     timeline = None
@@ -45,6 +46,8 @@ class FreeCommunicator:
 
     def allreduce_async_(self, buffer, **options):
         """A handle that is done."""
+        if options["op"] is commlib.Sum:
+            tensor_of(buffer).mul_(self.size)
         return self._handle
 
     def exchange(self, payload, name):
