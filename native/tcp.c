@@ -29,6 +29,7 @@ enum {
     WRITE_VECTORS = 2 * 16,       /* headers and payloads of one system call */
     STAGING_NBYTES = 256 * 1024,  /* stays in the second-level cache until it is reduced */
     CALLS_PER_PROGRESS = 4,       /* reads, and writes: other links must have their turn */
+    UNSENT_NBYTES = 64 * 1024,    /* in the kernel and not on the wire: one offload burst keeps that busy */
     PIECE_NBYTES = 64,            /* pieces are multiples of it */
     REASON_NBYTES = 96
 };
@@ -523,16 +524,21 @@ const cl_transport cl_tcp_transport = {
     .tick = tcp_tick,
 };
 
-/* Small frames go at once; a host that vanished is noticed even without heartbeats. A socketpair needs neither. */
+/*
+ * Small frames go at once; a host that vanished is noticed even without heartbeats; and the kernel takes little more than
+ * the wire does, since what it has taken goes before anything urgent. A socketpair needs none of these.
+ */
 static int prepare_socket(int socket)
 {
     const int on = 1;
+    const int unsent = UNSENT_NBYTES;
     if (socket < 0)
         return CL_INVALID;
     if (fcntl(socket, F_SETFD, FD_CLOEXEC) != 0)
         return CL_SYSTEM;
     (void)setsockopt(socket, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     (void)setsockopt(socket, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+    (void)setsockopt(socket, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof unsent);
     return CL_OK;
 }
 
