@@ -125,6 +125,10 @@ class Submitter:
             request.output = pointer_of(target)
         return Prepared(self, use, kind, request, (keep, source, target), result)
 
+    def algorithm(self, kind, nbytes, overlapped=False):
+        """What `selection` gives to an operation."""
+        return select(kind, nbytes, self._layout.shape(kind, 0), self.settings, overlapped).algorithm
+
     def close(self):
         """The engine was shut down: nothing is in flight any more."""
         self.flight.sweep()

@@ -314,6 +314,21 @@ class Communicator:
     def settings(self, settings):
         self._submitter.use_settings(settings)
 
+    def algorithm(self, kind, nbytes, overlapped=False):
+        """The name of the algorithm that an operation of this kind and size is given, "alone" with one rank.
+
+        Args:
+            kind: "allreduce", "broadcast", "allgather", "reducescatter", "alltoall" or "barrier".
+            nbytes, overlapped: of the operation.
+
+        Example:
+            >>> import commlib
+            >>> commlib.init().algorithm("allreduce", 1000)
+            'alone'
+            >>> commlib.shutdown()
+        """
+        return self._submitter.algorithm(kind, nbytes, overlapped)
+
     @property
     def health(self):
         """None while the communicator is well; else the exception that every further call would raise."""

@@ -3,9 +3,6 @@
 This file adds up times that others measured; it measures and changes nothing.
 """
 
-from commlib.plan import Shape
-from commlib.selection import select
-
 
 class Meter:
     """Adds up the communication of one optimizer.
@@ -113,9 +110,8 @@ def _route(communicator, nbytes):
         return "", ""
     if communicator.backend != "native":
         return "its own", communicator.backend
-    shape = Shape(communicator.host_sizes)
-    algorithm = select("allreduce", nbytes, shape, settings, overlapped=True).algorithm
+    algorithm = communicator.algorithm("allreduce", nbytes, overlapped=True)
     inside = "tcp" if settings.transport == "tcp" else "shm"
-    if shape.hosts == 1:
+    if len(communicator.host_sizes) == 1:
         return algorithm, inside
     return algorithm, "tcp" if max(communicator.host_sizes) == 1 else f"{inside}, tcp between hosts"
