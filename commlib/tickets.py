@@ -305,9 +305,12 @@ class Worker:
         engine.return_ticket(ticket)
 
     def _give_up(self, operation, error):
-        """Others' sockets show a death before the engine tells it: its word is waited for."""
+        """Others' sockets show a death before the engine tells it: its word is waited for.
+
+        Only then is the mover aborted: that makes it fail on all other ranks, which must have heard by then who failed first.
+        """
+        if self._engine.wait(operation, self._patience_s) == AGAIN:
+            self._engine.fail(f"{self._mover.name} failed: {error}")
         if not self._broken:
             self._broken = True
             self._mover.abort()
-        if self._engine.wait(operation, self._patience_s) == AGAIN:
-            self._engine.fail(f"{self._mover.name} failed: {error}")
