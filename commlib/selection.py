@@ -22,6 +22,11 @@ _GAMMA = 1e-10
 _CHUNK_LATENCIES = 4
 _SEGMENTS = 4
 
+# Inside a host what is sent and what it is added to should stay in a core's second-level cache. Measured on 2 ranks with
+# 1 MiB of it, 64 MiB: arrays in shared memory take 4.5 ms with this segment and 5.1 with twice as much, private ones 5.4
+# and 5.6.
+_SEGMENT_INSIDE_NBYTES = 512 << 10
+
 # Overlapped operations between hosts share each rank's one port. A ring has one neighbour on each side, so their
 # messages never wait for each other's partners, and its latency is hidden by the others in flight: it is worth having
 # up to this multiple of the cheapest closed form. Simulated (ResNet-50, 10 Gbit/s, 20 us, communication as long as
@@ -98,11 +103,13 @@ def _cheapest(candidates, nbytes, shape, machine, overlapped):
 
 
 def _segment_nbytes(nbytes, nchunks, shape, machine, settings):
+    longest = settings.segment_nbytes
     if shape.hosts == 1:
         latency_nbytes = machine.inside.alpha_s / machine.inside.beta_s_per_byte
+        longest = min(longest, _SEGMENT_INSIDE_NBYTES)
     else:
         latency_nbytes = machine.between.alpha_s / machine.between.beta_s_per_byte
     shortest = _CHUNK_LATENCIES * latency_nbytes * nchunks
     wanted = int(max(nbytes / _SEGMENTS, shortest))
     power_of_two = 1 << max(wanted - 1, 0).bit_length()
-    return min(power_of_two, settings.segment_nbytes)
+    return min(power_of_two, longest)

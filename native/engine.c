@@ -2,7 +2,7 @@
  * engine.c: the engine itself: takes in submissions, feeds each link the most urgent granted bytes, and ends in order.
  *
  * For every peer the engine's own frames (grants, failures) go first, then data from the ready heap while less than
- * settings.inflight_nbytes is posted: what is urgent never waits behind more than that.
+ * settings.inflight_nbytes (or what the link holds by itself) is posted: what is urgent never waits behind more.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -116,6 +116,12 @@ static void return_credit(cl_engine *engine, int32_t rank)
     cl_engine_tell(engine, rank, &frame, NULL);
 }
 
+static uint64_t window_of(const cl_engine *engine, const cl_peer *peer)
+{
+    uint64_t own = peer->link->window_nbytes, set = engine->settings.inflight_nbytes;
+    return own > set ? own : set;
+}
+
 /* Posts the peer's most urgent send. False: there is none, or too much is posted, or the link takes no more now. */
 static bool pump_one(cl_engine *engine, cl_peer *peer)
 {
@@ -124,7 +130,7 @@ static bool pump_one(cl_engine *engine, cl_peer *peer)
     cl_ready top = peer->ready.entries[0];
     cl_frame frame;
     const void *payload = cl_operation_frame(top.operation, top.segment, top.step, &frame);
-    if (peer->posted_nbytes > 0 && peer->posted_nbytes + frame.nbytes > engine->settings.inflight_nbytes)
+    if (peer->posted_nbytes > 0 && peer->posted_nbytes + frame.nbytes > window_of(engine, peer))
         return false;
     cl_heap_pop(&peer->ready);
     uint64_t *posted = &top.operation->posted[top.operation->plan->peer_of[top.step]];

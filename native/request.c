@@ -135,7 +135,7 @@ static int copy_request(cl_operation *operation, const cl_request *r)
     own->splits = NULL;
     if (r->kind == CL_BARRIER)
         own->count = 1; /* something must travel, or ranks that share no link never hear of each other */
-    snprintf(operation->text, sizeof operation->text, "%s", r->text);
+    memcpy(operation->text, r->text, strnlen(r->text, sizeof operation->text - 1)); /* the rest is zero */
     own->text = operation->text;
     if (r->plan != NULL)
         cl_plan_hold(r->plan);

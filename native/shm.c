@@ -495,6 +495,7 @@ int cl_shm_attach(cl_engine *engine, int32_t peer, int memfd, int doorbell, int 
         return status;
     }
     link->base.transport = &cl_shm_transport;
+    link->base.window_nbytes = engine->settings.shm_ring_nbytes; /* copied payload fills the ring; references match that */
     cl_engine_attach(engine, peer, &link->base);
     return CL_OK;
 }

@@ -26,6 +26,7 @@ enum {
     LOCK_HELD = 1,
     LOCK_WANTED = 2, /* held, and somebody sleeps until it is free */
     MAX_EVENTS = 64,
+    ROUNDS_PER_LOOK = 8, /* a look at the clock costs as much as a round in which nothing happens */
     DOORBELL = -1 /* among epoll's tags, which else are peers */
 };
 
@@ -117,29 +118,38 @@ static void ring_own(struct cl_runtime *runtime)
 
 /* ---- owning -------------------------------------------------------------------------------------------------- */
 
-static void drive_on(cl_engine *engine, const cl_operation *until, double deadline_s)
+static void tick_if_due(cl_engine *engine, double now_s)
 {
     struct cl_runtime *runtime = engine->runtime;
+    if (!runtime->ticks || now_s < runtime->next_tick_s)
+        return;
+    runtime->next_tick_s = now_s + 0.5e-3 * engine->settings.heartbeat_ms;
+    cl_engine_tick(engine);
+}
+
+static void drive_on(cl_engine *engine, const cl_operation *until, double deadline_s)
+{
     double idle_since_s = cl_engine_now(engine), spin_s = 1e-6 * engine->settings.spin_us;
-    for (;;) {
+    bool moved = false;
+    for (uint32_t round = 1;; round++) {
         int events = cl_engine_progress(engine);
         if (until != NULL && atomic_load_explicit(&until->done, memory_order_relaxed))
             return;
-        double now_s = cl_engine_now(engine);
-        if (runtime->ticks && now_s >= runtime->next_tick_s) {
-            runtime->next_tick_s = now_s + 0.5e-3 * engine->settings.heartbeat_ms;
-            cl_engine_tick(engine);
-        }
-        if (now_s >= deadline_s || atomic_load_explicit(&runtime->stopping, memory_order_relaxed))
-            return;
-        if (events > 0) {
-            idle_since_s = now_s;
+        moved |= events > 0;
+        if (events == 0)
+            relax();
+        if (round % ROUNDS_PER_LOOK != 0)
             continue;
-        }
-        bool waiting = until != NULL || atomic_load_explicit(&engine->unfinished, memory_order_relaxed) > 0;
-        if (!waiting || now_s - idle_since_s >= spin_s)
+        double now_s = cl_engine_now(engine);
+        tick_if_due(engine, now_s);
+        if (now_s >= deadline_s || atomic_load_explicit(&engine->runtime->stopping, memory_order_relaxed))
             return;
-        relax();
+        if (moved)
+            idle_since_s = now_s;
+        moved = false;
+        bool waiting = until != NULL || atomic_load_explicit(&engine->unfinished, memory_order_relaxed) > 0;
+        if (idle_since_s != now_s && (!waiting || now_s - idle_since_s >= spin_s))
+            return;
     }
 }
 

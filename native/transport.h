@@ -103,6 +103,7 @@ struct cl_link {
     const cl_sink *sink;
     void *owner;
     int32_t peer;
+    uint64_t window_nbytes; /* as much may be posted at once if it is more than settings.inflight_nbytes */
 };
 
 /* Each transport exports its table; the constructors take their arguments from commlib.h's attach functions. */
