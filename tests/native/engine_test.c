@@ -4,31 +4,12 @@
  * Every test runs over every transport of the table, with ordinary and with tiny budgets. A hang is the runner's to stop.
  */
 #define _GNU_SOURCE
-#include <pthread.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "world.h"
 
 enum { OPERATIONS = 60, MAX_COUNT = 6000 };
-
-typedef struct {
-    world *w;
-    int32_t rank;
-    uint64_t seed;
-} rank_arguments;
-
-static void on_all_ranks(world *w, uint64_t seed, void *(*body)(void *))
-{
-    pthread_t threads[MAX_RANKS];
-    rank_arguments arguments[MAX_RANKS];
-    for (int32_t r = 0; r < w->size; r++) {
-        arguments[r] = (rank_arguments){w, r, seed};
-        CHECK(pthread_create(&threads[r], NULL, body, &arguments[r]) == 0);
-    }
-    for (int32_t r = 0; r < w->size; r++)
-        pthread_join(threads[r], NULL);
-}
 
 static void shuffle(uint32_t *order, uint32_t count, uint64_t *random)
 {

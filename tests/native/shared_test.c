@@ -1,29 +1,10 @@
 /* shared_test.c: arrays in memory that all ranks of a host map: lent out, summed without copies, taken back at any time. */
 #define _GNU_SOURCE
-#include <pthread.h>
 #include <string.h>
 
 #include "world.h"
 
 enum { BLOCKS = 40, ROUNDS = 400, OPERATIONS = 30 };
-
-typedef struct {
-    world *w;
-    int32_t rank;
-    uint64_t seed;
-} rank_arguments;
-
-static void on_all_ranks(world *w, uint64_t seed, void *(*body)(void *))
-{
-    pthread_t threads[MAX_RANKS];
-    rank_arguments arguments[MAX_RANKS];
-    for (int32_t r = 0; r < w->size; r++) {
-        arguments[r] = (rank_arguments){w, r, seed};
-        CHECK(pthread_create(&threads[r], NULL, body, &arguments[r]) == 0);
-    }
-    for (int32_t r = 0; r < w->size; r++)
-        pthread_join(threads[r], NULL);
-}
 
 /* Blocks made and freed at random keep their contents, begin as zeros, and never overlap. */
 static void test_blocks(uint64_t seed)

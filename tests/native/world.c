@@ -7,6 +7,7 @@
 #include "world.h"
 
 #include <arpa/inet.h>
+#include <pthread.h>
 #include <netinet/in.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -254,4 +255,16 @@ void wait_for(cl_operation *operation, int expected_status)
         fprintf(stderr, "status %d instead of %d: %s\n", status, expected_status, text);
     }
     CHECK(status == expected_status);
+}
+
+void on_all_ranks(world *w, uint64_t seed, void *(*body)(void *))
+{
+    pthread_t threads[MAX_RANKS];
+    rank_arguments arguments[MAX_RANKS];
+    for (int32_t r = 0; r < w->size; r++) {
+        arguments[r] = (rank_arguments){w, r, seed};
+        CHECK(pthread_create(&threads[r], NULL, body, &arguments[r]) == 0);
+    }
+    for (int32_t r = 0; r < w->size; r++)
+        pthread_join(threads[r], NULL);
 }

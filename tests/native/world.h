@@ -52,4 +52,14 @@ cl_request sum_request(const world *w, int32_t rank, uint64_t key, int32_t *data
 void wait_for(cl_operation *operation, int expected_status);
 uint64_t next_random(uint64_t *state);
 
+/* What a rank's own thread is told. */
+typedef struct {
+    world *w;
+    int32_t rank;
+    uint64_t seed;
+} rank_arguments;
+
+/* Runs `body` on one thread per rank, with its rank_arguments, and waits for all. */
+void on_all_ranks(world *w, uint64_t seed, void *(*body)(void *));
+
 #endif
