@@ -193,8 +193,10 @@ def test_output_goes_to_files_too(mark, tmp_path):
         assert (folder / f"rank.{rank}" / "stderr").read_text() == "err\n"
 
 
-def test_much_output_arrives_whole(mark):
-    ran = run("-np", "2", "--prefix-output", "seq", "1", "30000", env=environ_with(mark))
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_much_output_arrives_whole(mark, unbuffered):
+    environ = dict(environ_with(mark), PYTHONUNBUFFERED=unbuffered)
+    ran = run("-np", "2", "--prefix-output", "seq", "1", "30000", env=environ)
     for rank in (0, 1):
         assert [int(line[4:]) for line in ran.out.splitlines() if line[1] == str(rank)] == list(range(1, 30001))
 

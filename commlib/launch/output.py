@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import time
 from typing import BinaryIO, Optional
 
@@ -40,9 +41,9 @@ class Stream:
         except BlockingIOError:
             return 0
         if self._copy is not None:
-            self._copy.write(data)
+            _write_whole(self._copy, data)
         try:
-            self._terminal.write(self._labelled(data) if self._label else data)
+            _write_whole(self._terminal, self._labelled(data) if self._label else data)
             self._terminal.flush()
         except BrokenPipeError:
             return ENDED
@@ -64,3 +65,13 @@ class Stream:
         now = time.strftime("%Y-%m-%d %H:%M:%S ") if self._timestamp else ""
         label = (now + self._label).encode()
         return b"".join(label + line for line in lines)
+
+
+def _write_whole(file: BinaryIO, data: bytes) -> None:
+    """Writes all of it: an unbuffered file (stdout under PYTHONUNBUFFERED) takes less when a signal comes in between."""
+    left = memoryview(data)
+    while left:
+        written = file.write(left)
+        if written is None:  # somebody made our stdout non-blocking, and it is full
+            select.select([], [file], [])
+        left = left[written or 0 :]
