@@ -14,6 +14,8 @@ import struct
 from dataclasses import dataclass, field
 from typing import Callable, Mapping, NamedTuple, Optional
 
+from commlib.secret import FILE_VARIABLE, VARIABLE, Secret, SecretError, load_secret
+
 OPTION_PREFIX = "COMMLIB_"
 START_TIMEOUT_S = 60.0  # Horovod's --start-timeout waits 30 s; imports from a busy network disk can take longer
 
@@ -39,6 +41,7 @@ class Placement:
         store_owner: who serves the store: "commrun", or "rank 0".
         job: equal on all ranks of one job and, as far as the launcher allows, on no others.
         options: the remaining COMMLIB_* variables, lower case and without prefix: ``{"transport": "tcp"}``.
+        secret: what the processes of the job share and nobody else has; empty if the launcher gave none.
 
     Example:
         >>> discover({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
@@ -57,6 +60,7 @@ class Placement:
     store_owner: str
     job: str
     options: Mapping[str, str] = field(default_factory=dict)
+    secret: Secret = Secret()
 
     @property
     def start_timeout_s(self) -> float:
@@ -103,7 +107,7 @@ def discover(environ: Optional[Mapping[str, str]] = None) -> Placement:
     return Placement(
         launcher.name, found.rank, found.size, found.local_rank, found.local_size, found.cross_rank, found.cross_size,
         store=_meeting_place(launcher.name, found, environ), store_owner=found.store_owner, job=found.job,
-        options=_options(environ),
+        options=_options(environ), secret=_secret(environ),
     )
 
 
@@ -139,6 +143,16 @@ def _meeting_place(launcher: str, found: _Found, environ: Mapping[str, str]) -> 
 def _options(environ: Mapping[str, str]) -> dict:
     return {name[len(OPTION_PREFIX):].lower(): value for name, value in environ.items()
             if name.startswith(OPTION_PREFIX) and name not in _COMMRUN_VARIABLES}
+
+
+def _secret(environ: Mapping[str, str]) -> Secret:
+    """The variable's, which commrun sets for one job, before the file's, which a user keeps."""
+    try:
+        if environ.get(VARIABLE):
+            return Secret(environ[VARIABLE])
+        return Secret(load_secret(environ[FILE_VARIABLE]) if environ.get(FILE_VARIABLE) else "")
+    except SecretError as error:
+        raise StartError(f"{VARIABLE}: {error}" if environ.get(VARIABLE) else str(error)) from None
 
 
 def _digest(text: str) -> str:
@@ -300,7 +314,8 @@ def _any_of(*names: str) -> Callable[[Mapping[str, str]], bool]:
 
 
 _COMMRUN_VARIABLES = frozenset(OPTION_PREFIX + name for name in (
-    "RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "STORE", "STORE_OWNER", "JOB"))
+    "RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "STORE", "STORE_OWNER", "JOB", "SECRET",
+    "SECRET_FILE"))
 
 # The first that recognises its variables is believed. MPI comes before Slurm because mpirun inside an allocation starts
 # its daemons with srun, whose variables the ranks inherit; Slurm comes before bare PMI because srun --mpi=pmi2 sets

@@ -11,7 +11,8 @@ CORE = ROOT / "commlib"
 # Lower layers first. A module may import modules of lower layers, and of its own layer unless it is said to be closed.
 LAYERS = [
     {"_native", "version"},
-    {"errors", "buffer", "names", "reduction", "settings", "timeline", "plan", "cost", "verify", "fit", "schedule", "models"},
+    {"errors", "buffer", "names", "reduction", "settings", "timeline", "plan", "cost", "verify", "fit", "schedule", "models",
+     "secret"},
     {"algorithms"},
     {"bootstrap", "rendezvous", "rendezvous_wire", "rendezvous_server", "handshake", "connect"},
     {"engine", "control", "selection"},
