@@ -2,7 +2,8 @@
  * shm_memory.c: the memory that a rank shares with the other ranks of its host: made, mapped, lent out in blocks.
  *
  * The heap is reserved address space of a memfd; a block's pages are allocated when it is made (so nobody meets SIGBUS)
- * and given back when it is freed. Blocks may outlive the engine.
+ * and given back when it is freed. Blocks may outlive the engine. A large block is made of huge pages where the kernel
+ * can do that: sums of arrays that exceed the caches are bound by page walks otherwise (decision 0007).
  */
 #define _GNU_SOURCE
 #include "shm.h"
@@ -14,6 +15,13 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
+
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 /* Linux 6.1; older kernels refuse it, and pages stay small */
+#endif
+
+/* Of x86-64, and of aarch64 with 4 KiB pages; with larger ones collapsing is refused or does nothing. */
+enum { HUGE_NBYTES = 2 << 20 };
 
 struct cl_shared {
     struct cl_shm *shm;
@@ -30,11 +38,25 @@ size_t cl_shm_slot_offset(const cl_engine *engine, int32_t slot)
     return CL_PAGE + (size_t)slot * cl_shm_slot_nbytes(engine);
 }
 
+static uint64_t round_up(uint64_t value, uint64_t unit)
+{
+    return (value + unit - 1) & ~(unit - 1);
+}
+
+/* At an address that lies in a huge page as its offset lies in the memfd: else no huge page of it can be mapped whole. */
 uint8_t *cl_shm_map(int memfd, size_t nbytes, size_t private_nbytes)
 {
-    uint8_t *memory = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, memfd, 0);
-    if (memory == MAP_FAILED)
+    uint8_t *reserved = mmap(NULL, nbytes + HUGE_NBYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (reserved == MAP_FAILED)
         return NULL;
+    uint8_t *memory = (uint8_t *)(uintptr_t)round_up((uintptr_t)reserved, HUGE_NBYTES);
+    if (memory > reserved)
+        munmap(reserved, (size_t)(memory - reserved));
+    munmap(memory + nbytes, (size_t)(reserved + HUGE_NBYTES - memory));
+    if (mmap(memory, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, memfd, 0) == MAP_FAILED) {
+        munmap(memory, nbytes);
+        return NULL;
+    }
     (void)madvise(memory, private_nbytes, MADV_DONTFORK);
     (void)madvise(memory, nbytes, MADV_DONTDUMP);
     return memory;
@@ -154,15 +176,24 @@ void cl_shm_forked(cl_engine *engine)
 
 /* ---- blocks of the heap -------------------------------------------------------------------------------------- */
 
-/* First fit. A range that is used up goes. */
-static bool take_range(struct cl_shm *shm, uint64_t nbytes, uint64_t *first)
+/* First fit, at a multiple of `unit`. What lies before it stays free; a range that is used up goes. */
+static bool take_range(struct cl_shm *shm, uint64_t nbytes, uint64_t unit, uint64_t *first)
 {
     for (cl_range **at = &shm->free_ranges; *at != NULL; at = &(*at)->next) {
         cl_range *range = *at;
-        if (range->end - range->first < nbytes)
+        uint64_t from = round_up(range->first, unit);
+        if (from > range->end || range->end - from < nbytes)
             continue;
-        *first = range->first;
-        range->first += nbytes;
+        if (from > range->first) {
+            cl_range *before = malloc(sizeof(cl_range));
+            if (before == NULL)
+                return false;
+            *before = (cl_range){range, range->first, from};
+            *at = before;
+            at = &before->next;
+        }
+        *first = from;
+        range->first = from + nbytes;
         if (range->first == range->end) {
             *at = range->next;
             free(range);
@@ -199,20 +230,30 @@ static void give_range(struct cl_shm *shm, uint64_t first, uint64_t end)
     *at = range;
 }
 
+/* What of the block fills huge pages becomes such, if the kernel has them: a page each must be there to begin with. */
+static int make_huge(const struct cl_shm *shm, const cl_shared *block)
+{
+    uint64_t nbytes = (block->end - block->first) & ~(uint64_t)(HUGE_NBYTES - 1);
+    for (uint64_t at = 0; at < nbytes; at += HUGE_NBYTES)
+        CL_TRY(allocate(shm, block->first + at, CL_PAGE));
+    if (nbytes > 0)
+        (void)madvise(shm->memory + block->first, (size_t)nbytes, MADV_COLLAPSE);
+    return CL_OK;
+}
+
 int cl_shared_new(cl_engine *engine, uint64_t nbytes, cl_shared **out)
 {
     struct cl_shm *shm = engine->shm;
     if (shm == NULL || shm->memory == NULL)
         return CL_INVALID;
-    uint64_t whole = (nbytes + CL_PAGE - 1) & ~(uint64_t)(CL_PAGE - 1);
-    whole = whole == 0 ? CL_PAGE : whole;
+    uint64_t whole = round_up(nbytes == 0 ? 1 : nbytes, CL_PAGE), unit = whole < HUGE_NBYTES ? CL_PAGE : HUGE_NBYTES;
     cl_shared *block = calloc(1, sizeof(cl_shared));
     if (block == NULL || whole < nbytes) {
         free(block);
         return CL_NO_MEMORY;
     }
     pthread_mutex_lock(&shm->heap_lock);
-    bool found = take_range(shm, whole, &block->first);
+    bool found = take_range(shm, whole, unit, &block->first);
     pthread_mutex_unlock(&shm->heap_lock);
     if (!found) {
         free(block);
@@ -221,7 +262,9 @@ int cl_shared_new(cl_engine *engine, uint64_t nbytes, cl_shared **out)
     block->end = block->first + whole;
     block->shm = shm;
     atomic_fetch_add(&shm->references, 1);
-    int status = allocate(shm, block->first, whole);
+    int status = make_huge(shm, block);
+    if (status == CL_OK)
+        status = allocate(shm, block->first, whole);
     if (status != CL_OK) {
         cl_shared_free(block);
         return status;
