@@ -23,7 +23,7 @@ from commlib.version import VERSION as __version__
 _session = Session()
 
 
-def init(*, settings=None, timeout_s=None, environ=None, backend=None, backends=None):
+def init(*, settings=None, timeout_s=None, environ=None, backend=None, backends=None, secret=None):
     """Meets the other ranks and makes the default communicator; while there is one, returns it.
 
     Args:
@@ -33,6 +33,8 @@ def init(*, settings=None, timeout_s=None, environ=None, backend=None, backends=
         backend: who moves the bytes; None: COMMLIB_BACKEND, or "native", commlib's own engine.
         backends: for adapters of frameworks: backends beside the native one, name -> function that makes the Communicator;
             see `commlib.session.open_communicator`.
+        secret: for adapters of frameworks: where ranks of several hosts find the job's secret if the launcher gave them none,
+            function(placement) -> text; see docs/security.md.
 
     Returns:
         The Communicator.
@@ -48,7 +50,7 @@ def init(*, settings=None, timeout_s=None, environ=None, backend=None, backends=
         1
         >>> commlib.shutdown()
     """
-    return _session.init(settings, timeout_s, environ, backend, backends)
+    return _session.init(settings, timeout_s, environ, backend, backends, secret)
 
 
 def shutdown():

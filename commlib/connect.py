@@ -6,7 +6,9 @@ pair where that fails takes TCP, and both of its sides know it through the store
 """
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import errno
+import functools
 import json
 import mmap
 import os
@@ -18,16 +20,18 @@ from dataclasses import dataclass
 from typing import Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 from commlib.bootstrap import Placement, StartError
-from commlib.handshake import NEWS_S, TOKEN_NBYTES, Shaken, shake
+from commlib.dial import Place, Unreachable, dial
+from commlib.handshake import Shaken, shake
+from commlib.interfaces import Address, addresses, listen_at, offered, parse_ports, reached_from_here
 from commlib.rendezvous import Store
 from commlib.rendezvous_wire import spell_ranks
+from commlib.secret import Secret
 
 TRANSPORTS = ("auto", "shm", "tcp")
 
 _SO_PEERPIDFD = 77      # Linux 6.5; Python has no name for it
-_SIOCGIFADDR = 0x8915   # netdevice(7)
 _STRANGERS = 64         # room in the queue of callers for some that are none of us
-_CONNECT_S = 10.0       # for one address of a peer that may have several
+_NONCE_NBYTES = 32
 
 
 class SharedPeer(NamedTuple):
@@ -97,32 +101,42 @@ def connect(placement: Placement, store: Store, endpoint: Endpoint, transport: s
     if transport not in TRANSPORTS:
         raise StartError(f"transport is {transport!r}: it must be one of {', '.join(TRANSPORTS)}")
     facts = survey(store, transport)
-    token = bytes.fromhex(facts[0]["token"])
+    key = link_key(placement.secret, placement.job, facts)
     local = [] if transport == "tcp" else local_peers(store.rank, [fact["host"] for fact in facts])
-    shared = _attach_shared(store, token, local, endpoint)
+    shared = _attach_shared(store, key, local, endpoint)
     others = [peer for peer in range(store.size) if peer != store.rank and peer not in shared]
     if others and transport == "shm":
         raise StartError(
             f"rank {store.rank} shares no memory with rank {spell_ranks(others)}, but the transport is shm: use auto, "
             "or start all ranks on one host and in one network namespace"
         )
-    interface = placement.options.get("interface", "")
-    _attach_tcp(connect_tcp(store, token, others, facts, interface), endpoint)
+    options = placement.options
+    _attach_tcp(connect_tcp(store, key, others, facts, options.get("network_interfaces", ""), options.get("port_range", "")),
+                endpoint)
     store.gather("connect/done", b"")
     transports = {peer: "shm" if peer in shared else "tcp" for peer in range(store.size) if peer != store.rank}
     return _topology(placement, facts, transports)
 
 
 def survey(store: Store, transport: str) -> List[dict]:
-    """Every rank's host identity, host name and choice of transport. Rank 0's token becomes the job's."""
+    """Every rank's host identity, host name and choice of transport, and a random number."""
     mine = {"host": host_identity(), "name": socket.gethostname(), "transport": transport,
-            "token": secrets.token_hex(TOKEN_NBYTES)}
+            "nonce": secrets.token_hex(_NONCE_NBYTES)}
     facts = [json.loads(value) for value in store.gather("connect/facts", json.dumps(mine).encode())]
     for rank, fact in enumerate(facts):
         if fact["transport"] != facts[0]["transport"]:
             raise StartError(f"the ranks differ in transport: rank 0 has {facts[0]['transport']}, rank {rank} has "
                              f"{fact['transport']}; give all ranks the same")
     return facts
+
+
+def link_key(secret: Secret, job: str, facts: Sequence[dict]) -> bytes:
+    """What all ranks of this initialisation hold, and nobody else.
+
+    Over a network the secret keeps it. Ranks of one host that have none hold what went through the store's Unix socket, which
+    the kernel opens to their own user only: rank 0's random number.
+    """
+    return secret.key("links", job, facts[0]["nonce"])
 
 
 def host_identity() -> str:
@@ -148,13 +162,13 @@ def local_peers(rank: int, identities: Sequence[str]) -> List[int]:
 
 # ---- shared memory -----------------------------------------------------------------------------------------------
 
-def exchange_shared(store: Store, token: bytes, peers: Sequence[int], memfd: int,
+def exchange_shared(store: Store, key: bytes, peers: Sequence[int], memfd: int,
                     doorbell: int) -> Dict[int, SharedPeer]:
     """Swaps shared memory and doorbells with local peers.
 
     Args:
         store: joined by all ranks.
-        token: the job's secret.
+        key: from `link_key`.
         peers: sorted local peers; each of them must call this with its own.
         memfd, doorbell: this rank's; they stay the caller's.
     Returns:
@@ -168,7 +182,12 @@ def exchange_shared(store: Store, token: bytes, peers: Sequence[int], memfd: int
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             outgoing, incoming = _call_local(store, peers, listener)
-            received = shake(store, token, listener, outgoing, incoming, deadline, (memfd, doorbell))
+            dials = {peer: functools.partial(_take, outgoing, peer) for peer in outgoing}
+            try:
+                received = shake(store, key, [listener], dials, incoming, deadline, (memfd, doorbell))
+            finally:
+                for sock in outgoing.values():
+                    sock.close()
         for peer in sorted(received):
             usable = _usable(store.rank, peer, peers, received.pop(peer))
             if usable is not None:
@@ -182,6 +201,12 @@ def exchange_shared(store: Store, token: bytes, peers: Sequence[int], memfd: int
         for held in list(received.values()) + list(shared.values()):
             held.close()
         raise
+
+
+def _take(connected: Dict[int, socket.socket], peer: int) -> socket.socket:
+    if peer not in connected:
+        raise Unreachable("it closed its Unix socket")
+    return connected.pop(peer)
 
 
 def _call_local(store: Store, peers: Sequence[int], listener: socket.socket) -> tuple:
@@ -248,10 +273,10 @@ def _pidfd(sock: socket.socket) -> int:
         return -1
 
 
-def _attach_shared(store: Store, token: bytes, local: Sequence[int], endpoint: Endpoint) -> List[int]:
+def _attach_shared(store: Store, key: bytes, local: Sequence[int], endpoint: Endpoint) -> List[int]:
     if not local:
         return []
-    shared = exchange_shared(store, token, local, *endpoint.create_shared(len(local)))
+    shared = exchange_shared(store, key, local, *endpoint.create_shared(len(local)))
     attached = sorted(shared)
     try:
         for peer in attached:
@@ -264,16 +289,17 @@ def _attach_shared(store: Store, token: bytes, local: Sequence[int], endpoint: E
 
 # ---- tcp ---------------------------------------------------------------------------------------------------------
 
-def connect_tcp(store: Store, token: bytes, peers: Sequence[int], facts: Sequence[dict],
-                interface: str = "") -> Dict[int, socket.socket]:
-    """Connects to all `peers`: the higher rank calls the lower.
+def connect_tcp(store: Store, key: bytes, peers: Sequence[int], facts: Sequence[dict], interfaces: str = "",
+                ports: str = "") -> Dict[int, socket.socket]:
+    """Connects to all `peers`: the higher rank calls the lower. Listens only while it lasts.
 
     Args:
         store: joined by all ranks.
-        token: the job's secret.
+        key: from `link_key`.
         peers: each of them must call this with this rank among its peers.
         facts: from `survey`.
-        interface: network interface whose address peers shall use, such as "eth0"; "": the one that leads to the store.
+        interfaces: where peers shall reach this rank, as `interfaces.offered` takes it.
+        ports: to listen on, as `interfaces.parse_ports` takes it.
     Returns:
         A connected, non-blocking socket for each peer.
     Raises:
@@ -282,72 +308,58 @@ def connect_tcp(store: Store, token: bytes, peers: Sequence[int], facts: Sequenc
     if not peers:
         return {}
     deadline = time.monotonic() + store.timeout_s
-    on_this_host = [facts[peer]["host"] == facts[store.rank]["host"] for peer in peers]
-    mine = interface_address(interface) if interface else store.route()[0]
-    family = socket.AF_INET6 if mine and ":" in mine else socket.AF_INET
-    bound = "127.0.0.1" if all(on_this_host) and not interface else ""
-    with socket.create_server((bound, 0), family=family, backlog=len(peers) + _STRANGERS) as listener:
-        value = {"address": mine, "port": listener.getsockname()[1]}
-        store.set(f"tcp/{store.rank}", json.dumps(value).encode())
+    inside = all(facts[peer]["host"] == facts[store.rank]["host"] for peer in peers)
+    with contextlib.ExitStack() as stack:
+        listeners = _listen(_own_addresses(store, interfaces, inside), parse_ports(ports), len(peers) + _STRANGERS, stack)
+        mine = [[address.interface, str(address.ip), sock.getsockname()[1]] for address, sock in listeners]
+        store.set(f"tcp/{store.rank}", json.dumps(mine).encode())
         lower = [peer for peer in peers if peer < store.rank]
         answers = store.get_all([f"tcp/{peer}" for peer in lower])
-        outgoing: Dict[int, socket.socket] = {}
-        try:
-            for peer, answer in zip(lower, answers):
-                there = json.loads(answer)
-                addresses = _addresses(store, peer, there["address"], facts)
-                outgoing[peer] = _call(store, peer, addresses, there["port"], deadline)
-        except BaseException:
-            for sock in outgoing.values():
-                sock.close()
-            raise
-        shaken = shake(store, token, listener, outgoing, {peer for peer in peers if peer > store.rank}, deadline)
+        places = {peer: _places(store, peer, json.loads(answer), facts) for peer, answer in zip(lower, answers)}
+        dials = {peer: functools.partial(dial, places[peer], deadline, store, store.check) for peer in lower}
+        incoming = {peer for peer in peers if peer > store.rank}
+        shaken = shake(store, key, [sock for _, sock in listeners], dials, incoming, deadline)
     return {peer: connection.sock for peer, connection in shaken.items()}
 
 
-def interface_address(name: str) -> str:
-    """The IPv4 address of a network interface. Raises StartError if it has none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+def _own_addresses(store: Store, interfaces: str, inside: bool) -> List[Address]:
+    """Where this rank shall be called. Ranks of one host need no network."""
+    known = addresses()
+    if inside and not interfaces:
+        return [address for address in known if address.is_loopback][:1] or known[:1]
+    return offered(interfaces, store.route()[0], known)
+
+
+def _listen(own: Sequence[Address], ports: Optional[Tuple[int, int]], backlog: int,
+            stack: contextlib.ExitStack) -> List[Tuple[Address, socket.socket]]:
+    """A listening socket at each address that can be bound: an address may have gone since it was looked up."""
+    listeners, reasons = [], []
+    for address in own:
         try:
-            request = struct.pack("256s", name.encode()[:15])
-            return socket.inet_ntoa(fcntl.ioctl(sock, _SIOCGIFADDR, request)[20:24])
+            listeners.append((address, stack.enter_context(listen_at(address, ports, backlog))))
         except OSError as error:
-            known = ", ".join(found for _, found in socket.if_nameindex())
-            raise StartError(
-                f"COMMLIB_INTERFACE is {name!r}, which has no IPv4 address ({error.strerror}): this host has {known}"
-            ) from None
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            reasons.append(f"{address.ip}: {error.strerror}")
+    if not listeners:
+        raise StartError(f"this host has no address where other ranks could reach it ({'; '.join(reasons) or 'none at all'}): "
+                         "bring up a network interface, or name one with COMMLIB_NETWORK_INTERFACES")
+    return listeners
 
 
-def _addresses(store: Store, peer: int, published: Optional[str], facts: Sequence[dict]) -> List[str]:
+def _places(store: Store, peer: int, published: Sequence[Sequence], facts: Sequence[dict]) -> List[Place]:
     """Where a peer may be reached, best first. A loopback address means something only on its own host."""
     same_host = facts[peer]["host"] == facts[store.rank]["host"]
-    candidates = [published] if published else []
-    if peer == 0 and store.owner == "rank 0":
-        candidates.append(store.route()[1])  # where the store answered, rank 0 lives
-    if same_host:
-        candidates.append("127.0.0.1")
-    usable = [address for address in candidates if address and (same_host or not _is_loopback(address))]
-    return list(dict.fromkeys(usable))
+    offers = [(interface, ip, port) for interface, ip, port in published if same_host or not _is_loopback(ip)]
+    store_ip = store.route()[1] if peer == 0 and store.owner == "rank 0" else None
+    offers.sort(key=lambda offer: offer[1] != store_ip)  # where the store answered, rank 0 lives
+    if store_ip and offers and offers[0][1] != store_ip and not _is_loopback(store_ip):
+        offers.append(("", store_ip, offers[0][2]))  # a host that does not know its own outer address
+    return [address.place(port) for interface, ip, port in offers for address in reached_from_here(interface, ip)]
 
 
 def _is_loopback(address: str) -> bool:
     return address.startswith("127.") or address == "::1"
-
-
-def _call(store: Store, peer: int, addresses: Sequence[str], port: int, deadline: float) -> socket.socket:
-    reasons = []
-    for address in addresses:
-        store.check()
-        try:
-            return socket.create_connection((address, port), max(0.1, min(_CONNECT_S, deadline - time.monotonic())))
-        except OSError as error:
-            reasons.append(f"{address} port {port}: {error}")
-    store.check(NEWS_S)
-    raise StartError(
-        f"rank {store.rank} cannot connect to rank {peer} ({'; '.join(reasons) or 'it has no address'}): open the "
-        "firewall between the hosts, or name a network with COMMLIB_INTERFACE=NAME on every rank",
-        peer,
-    )
 
 
 def _attach_tcp(sockets: Dict[int, socket.socket], endpoint: Endpoint) -> None:

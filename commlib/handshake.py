@@ -1,31 +1,39 @@
-"""Sockets between ranks, opened and checked: both sides say who they are and prove that they belong to the job.
+"""Sockets between ranks, opened and checked: both sides prove (proof.py) that they belong to the job and who they are.
 
-Works alike for TCP and for Unix sockets, where each side may send descriptors with its hello. Strangers that reach the
-listener are closed and disturb nobody. Knows no store keys and no addresses; who connects to whom is the caller's
-choice.
+Works alike for TCP and for Unix sockets, where each side may send descriptors once the other has proven itself. Strangers
+that reach a listener are closed and disturb nobody; they learn nothing. Knows no store keys and no addresses; who connects to
+whom is the caller's choice.
+
+    listener -> caller   challenge
+    caller -> listener   proof
+    listener -> caller   answer, and its descriptors
+    caller -> listener   one byte, and its descriptors
 """
 from __future__ import annotations
 
 import array
+import errno
 import os
 import selectors
 import socket
-import struct
 import time
-from typing import Dict, List, NamedTuple, Sequence, Set
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from commlib.bootstrap import StartError
+from commlib.dial import Unreachable
+from commlib.proof import ANSWER_NBYTES, NONCE_NBYTES, PROOF_NBYTES, REFUSAL, Calling, Claim, Listening, Strangers
 from commlib.rendezvous_wire import spell_ranks
 
-TOKEN_NBYTES = 16
 NEWS_S = 2.0  # how long the store gets to say why a peer hung up, before this rank guesses
-_MAGIC = b"clhs"
-_HELLO = struct.Struct(f"!4s{TOKEN_NBYTES}sII")  # magic, the job's token, from rank, to rank
+_CONFIRMATION = b"+"
 _MAX_DESCRIPTORS = 8
+_REDIAL_S = 0.05  # a listener that is flooded by strangers may have closed us for one of them
+
+Dial = Callable[[], socket.socket]
 
 
 class Shaken(NamedTuple):
-    """A checked connection and the descriptors that came with the peer's hello; all owned by the receiver."""
+    """A checked connection and the descriptors that came with it; all owned by the receiver."""
 
     sock: socket.socket
     descriptors: List[int]
@@ -37,10 +45,12 @@ class Shaken(NamedTuple):
 
 
 class _Half:
-    """A connection whose hello has not come in full. `peer` is -1 until a caller has said who it is."""
+    """A connection that is not checked yet: `hear` takes the next message, which has `wanted` bytes."""
 
-    def __init__(self, sock: socket.socket, peer: int = -1):
-        self.sock, self.peer = sock, peer
+    wanted = 0
+
+    def __init__(self, sock: socket.socket):
+        self.sock = sock
         self.received = b""
         self.descriptors: List[int] = []
 
@@ -48,16 +58,66 @@ class _Half:
         Shaken(self.sock, self.descriptors).close()
 
 
-def shake(store, token: bytes, listener, outgoing: Dict[int, socket.socket], incoming: Set[int], deadline: float,
+class _Outgoing(_Half):
+    """We called `peer`."""
+
+    def __init__(self, sock: socket.socket, key: bytes, claim: Claim):
+        super().__init__(sock)
+        self.peer, self.calling = claim.listener, Calling(key, claim)
+        self.wanted, self.hear = NONCE_NBYTES, self.hear_challenge
+
+    def hear_challenge(self, shaking: _Shaking, challenge: bytes) -> None:
+        shaking.say(self, self.calling.prove(challenge))
+        self.wanted, self.hear = ANSWER_NBYTES, self.hear_answer
+
+    def hear_answer(self, shaking: _Shaking, answer: bytes) -> None:
+        if not self.calling.accepts(answer):
+            shaking.lose(self, "what answers at its address is no rank of this job, or has another secret")
+        elif shaking.say(self, _CONFIRMATION, shaking.descriptors):
+            shaking.finish(self)
+
+    def ended(self, shaking: _Shaking, reason: str) -> None:
+        shaking.hang_up(self.peer, reason)
+
+
+class _Incoming(_Half):
+    """We were called. `peer` is None until the caller has proven who it is."""
+
+    def __init__(self, sock: socket.socket, address: object, key: bytes):
+        super().__init__(sock)
+        self.address, self.listening = address, Listening(key)
+        self.peer: Optional[int] = None
+        self.wanted, self.hear = PROOF_NBYTES, self.hear_proof
+
+    def hear_proof(self, shaking: _Shaking, proof: bytes) -> None:
+        claim = self.listening.judge(proof)
+        if claim is None or claim.listener != shaking.store.rank or claim.caller not in shaking.incoming:
+            shaking.say(self, REFUSAL)
+            shaking.lose(self, "it is no rank of this job, or has another secret")
+            return
+        shaking.prove(self, claim.caller)
+        shaking.say(self, self.listening.answer, shaking.descriptors)
+        self.wanted, self.hear = len(_CONFIRMATION), self.hear_confirmation
+
+    def hear_confirmation(self, shaking: _Shaking, confirmation: bytes) -> None:
+        shaking.finish(self)
+
+    def ended(self, shaking: _Shaking, reason: str) -> None:
+        if self.peer is None:
+            shaking.strangers.refuse(self.address, reason)
+
+
+def shake(store, key: bytes, listeners: Sequence[socket.socket], dials: Dict[int, Dial], incoming: Set[int], deadline: float,
           descriptors: Sequence[int] = ()) -> Dict[int, Shaken]:
-    """Exchanges hellos with every peer.
+    """Connects to peers, is called by others, and checks them all.
 
     Args:
         store: its news end the wait at once.
-        token: secret of the job, `TOKEN_NBYTES` long.
-        listener: where the `incoming` peers connect; stays the caller's.
-        outgoing: sockets connected to peers that listen; ownership passes to this function.
-        incoming: peers that will connect to the listener.
+        key: what all ranks of the job hold, and nobody else.
+        listeners: where the `incoming` peers connect; stay the caller's.
+        dials: for each peer that listens, what connects to it; may raise dial.Unreachable. Called again if the peer closes
+            the connection before it has proven itself.
+        incoming: peers that will connect to a listener.
         deadline: on time.monotonic().
         descriptors: sent along to every peer (Unix sockets only).
     Returns:
@@ -65,10 +125,10 @@ def shake(store, token: bytes, listener, outgoing: Dict[int, socket.socket], inc
     Raises:
         StartError: a peer was lost, or did not come until the deadline. Everything is closed then.
     """
-    shaking = _Shaking(store, token, listener, set(incoming), descriptors)
+    shaking = _Shaking(store, key, listeners, dials, set(incoming), descriptors)
     try:
-        for peer in list(outgoing):
-            shaking.begin(_Half(outgoing.pop(peer), peer))
+        for peer in dials:
+            shaking.call(peer)
         store.check()  # bad news may have been read already, together with an answer: no selector reports that
         while shaking.waiting:
             shaking.turn(deadline)
@@ -76,25 +136,25 @@ def shake(store, token: bytes, listener, outgoing: Dict[int, socket.socket], inc
         shaking.close_all()
         raise
     finally:
-        for sock in outgoing.values():
-            sock.close()
         shaking.close()
     return shaking.done
 
 
 class _Shaking:
-    def __init__(self, store, token: bytes, listener, incoming: Set[int], descriptors: Sequence[int]):
-        self.store, self.token, self.descriptors = store, token, list(descriptors)
-        self.listener, self.incoming = listener, incoming
-        self.calling: Set[int] = set()  # peers that we connected to and that have not answered
-        self.done: Dict[int, Shaken] = {}
+    def __init__(self, store, key: bytes, listeners: Sequence[socket.socket], dials: Dict[int, Dial], incoming: Set[int],
+                 descriptors: Sequence[int]):
+        self.store, self.key, self.descriptors, self.dials = store, key, list(descriptors), dials
+        self.listeners, self.incoming = listeners, incoming
+        self.calling: Set[int] = set()            # peers that we call and that have not proven themselves
+        self.redials: Dict[int, float] = {}       # peer that hung up -> when to call it again
+        self.hung_up: Dict[int, Tuple[str, float]] = {}  # peer -> why, and until when somebody may explain it better
         self.halves: Set[_Half] = set()
-        self.hung_up = ""
-        self.news_deadline = float("inf")
+        self.done: Dict[int, Shaken] = {}
+        self.strangers = Strangers(f"rank {store.rank}", len(incoming))
         self.selector = selectors.DefaultSelector()
         if store.fileno() >= 0:
             self.selector.register(store, selectors.EVENT_READ)
-        if incoming:
+        for listener in listeners if incoming else ():
             listener.setblocking(False)
             self.selector.register(listener, selectors.EVENT_READ)
 
@@ -102,47 +162,62 @@ class _Shaking:
     def waiting(self) -> bool:
         return bool(self.calling or self.incoming)
 
-    def begin(self, half: _Half) -> None:
-        self.halves.add(half)
-        half.sock.setblocking(False)
-        self.selector.register(half.sock, selectors.EVENT_READ, half)
-        if half.peer >= 0:
-            self.calling.add(half.peer)
-            self.greet(half)
-
-    def greet(self, half: _Half) -> None:
-        """Says hello. It is far smaller than any socket's buffer, so it cannot block."""
-        hello = _HELLO.pack(_MAGIC, self.token, self.store.rank, half.peer)
-        try:
-            if self.descriptors:
-                socket.send_fds(half.sock, [hello], self.descriptors)
-            else:
-                half.sock.send(hello)
-        except OSError as error:
-            self.lose(half, str(error))
+    # ---- events ----
 
     def turn(self, deadline: float) -> None:
         """Waits for one batch of events and handles it."""
-        now = time.monotonic()
-        if now >= min(deadline, self.news_deadline):
-            missing = sorted(self.calling | self.incoming)
-            reason = self.hung_up or "no answer until the time-out"
+        limit = min([deadline] + [until for _, until in self.hung_up.values()])
+        if time.monotonic() >= limit:
+            missing = sorted(self.hung_up or self.calling | self.incoming)
+            reason = self.hung_up[missing[0]][0] if self.hung_up else "no answer until the time-out"
             text = f"rank {self.store.rank} could not connect to rank {spell_ranks(missing)}: {reason}"
             raise StartError(text, rank=missing[0])
-        for key, _ in self.selector.select(min(deadline, self.news_deadline) - now):
+        until = min([limit, self.strangers.next_deadline(), *self.redials.values()])
+        for key, _ in self.selector.select(max(0.0, until - time.monotonic())):
             if key.fileobj is self.store:
                 self.store.check()
-            elif key.fileobj is self.listener:
-                self.accept()
-            else:
+            elif key.fileobj in self.listeners:
+                self.accept(key.fileobj)
+            elif key.data in self.halves:  # not closed by an event before this
                 self.read(key.data)
+        for stranger in self.strangers.expired():
+            self.lose(stranger, "it has not proven in time that it belongs to the job")
+        for peer in [peer for peer, when in self.redials.items() if when <= time.monotonic()]:
+            del self.redials[peer]
+            self.call(peer)
 
-    def accept(self) -> None:
+    def call(self, peer: int) -> None:
+        self.calling.add(peer)
         try:
-            sock, _ = self.listener.accept()
+            sock = self.dials[peer]()
+        except Unreachable as error:
+            self.store.check(NEWS_S)
+            raise StartError(
+                f"rank {self.store.rank} cannot connect to rank {peer} ({error}): open the firewall between the hosts, or "
+                "name a network that leads from each to each with COMMLIB_NETWORK_INTERFACES on every rank", peer
+            ) from None
+        self.begin(_Outgoing(sock, self.key, Claim(self.store.rank, peer)))
+
+    def accept(self, listener: socket.socket) -> None:
+        try:
+            sock, address = listener.accept()
         except (BlockingIOError, ConnectionError):
             return
-        self.begin(_Half(sock))
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or self.strangers.oldest() is None:
+                raise
+            self.lose(self.strangers.oldest(), "out of descriptors")  # the caller waits in the queue until then
+            return
+        half = _Incoming(sock, address, self.key)
+        self.begin(half)
+        for stranger in self.strangers.admit(half):
+            self.lose(stranger, "too many callers have proven nothing")
+        self.say(half, half.listening.challenge)
+
+    def begin(self, half: _Half) -> None:
+        half.sock.setblocking(False)
+        self.halves.add(half)
+        self.selector.register(half.sock, selectors.EVENT_READ, half)
 
     def read(self, half: _Half) -> None:
         try:
@@ -155,12 +230,13 @@ class _Shaking:
         half.received += data
         if not data:
             self.lose(half, "it closed the connection")
-        elif len(half.received) == _HELLO.size:
-            self.judge(half)
+        elif len(half.received) == half.wanted:
+            message, half.received = half.received, b""
+            half.hear(self, message)
 
     def receive(self, half: _Half) -> bytes:
-        """The next bytes of the hello and not one more: what follows belongs to the connection's owner."""
-        nbytes = _HELLO.size - len(half.received)
+        """The next bytes of the message and not one more: what follows belongs to the connection's owner."""
+        nbytes = half.wanted - len(half.received)
         if half.sock.family != socket.AF_UNIX:
             return half.sock.recv(nbytes)
         space = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
@@ -172,30 +248,51 @@ class _Shaking:
                 half.descriptors += numbers
         return data
 
-    def judge(self, half: _Half) -> None:
-        magic, token, sender, target = _HELLO.unpack(half.received)
-        genuine = magic == _MAGIC and token == self.token and target == self.store.rank
-        called = half.peer >= 0
-        if not genuine or (sender != half.peer if called else sender not in self.incoming):
-            self.lose(half, "something that is not this job's rank answers at its address")
-            return
-        (self.calling if called else self.incoming).discard(sender)
+    # ---- what a half does when it has heard something ----
+
+    def say(self, half: _Half, message: bytes, descriptors: Sequence[int] = ()) -> bool:
+        """Sends a message, far smaller than any socket's buffer, so that it cannot block. Returns whether it went."""
+        try:
+            if descriptors:
+                socket.send_fds(half.sock, [message], descriptors)
+            else:
+                half.sock.send(message)
+        except OSError as error:
+            self.lose(half, str(error))
+            return False
+        return True
+
+    def prove(self, half: _Incoming, peer: int) -> None:
+        """A caller has proven to be `peer`. One that calls twice had its first connection cut on the way."""
+        self.strangers.forget(half)
+        for other in [other for other in self.halves if isinstance(other, _Incoming) and other.peer == peer]:
+            self.lose(other, "")
+        half.peer = peer
+
+    def finish(self, half: _Half) -> None:
+        """Both sides have proven themselves."""
+        for waiting in (self.calling, self.incoming):
+            waiting.discard(half.peer)
+        self.hung_up.pop(half.peer, None)
         self.selector.unregister(half.sock)
         self.halves.discard(half)
-        self.done[sender] = Shaken(half.sock, half.descriptors)
-        if not called:
-            half.peer = sender
-            self.greet(half)
+        self.done[half.peer] = Shaken(half.sock, half.descriptors)
 
     def lose(self, half: _Half, reason: str) -> None:
-        """A stranger is forgotten. A peer's death the store knows better, so it gets a moment to tell."""
         if half in self.halves:
+            self.strangers.forget(half)
             self.selector.unregister(half.sock)
             self.halves.discard(half)
             half.close()
-        if half.peer >= 0:
-            self.hung_up = self.hung_up or reason
-            self.news_deadline = min(self.news_deadline, time.monotonic() + NEWS_S)
+            half.ended(self, reason)
+
+    def hang_up(self, peer: int, reason: str) -> None:
+        """A peer's death the store knows better, so it gets a moment to tell; if it lives, it is called again meanwhile."""
+        now = time.monotonic()
+        self.hung_up.setdefault(peer, (reason, now + NEWS_S))
+        self.redials[peer] = now + _REDIAL_S
+
+    # ---- the end ----
 
     def close_all(self) -> None:
         for connection in self.done.values():

@@ -2,12 +2,14 @@
 
 `join` connects a rank to the store (and makes the store, on rank 0, when no launcher serves one); the `Store` that it
 returns sets, gets and gathers small values until the rank leaves. Every wait ends: with the value, at the time-out, or
-as soon as the store reports that some rank was lost. Knows nothing of what the values mean.
+as soon as the store reports that some rank was lost. Both sides prove first that they hold the job's secret. Knows nothing
+of what the values mean.
 """
 from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
 import select
 import socket
@@ -15,7 +17,9 @@ import time
 from typing import List, Optional, Sequence
 
 from commlib.bootstrap import Placement, StartError
-from commlib.rendezvous_server import Server
+from commlib.dial import dial, resolve
+from commlib.proof import ANSWER_NBYTES, NONCE_NBYTES, REFUSAL, THE_STORE, Calling, Claim
+from commlib.rendezvous_server import Server, peer_uid, store_key
 from commlib.rendezvous_wire import MAX_VALUE_NBYTES, PROTOCOL, Decoder, Hello, Message, WireError, encode
 
 _LINGER_S = 2.0        # after a failure rank 0 stays this long, to tell it to ranks that come late
@@ -40,23 +44,55 @@ def join(placement: Placement, generation: int, version: str, timeout_s: Optiona
         [b'me']
     """
     timeout_s = placement.start_timeout_s if timeout_s is None else timeout_s
-    hello = Hello(PROTOCOL, version, placement.job, placement.size, placement.rank, generation, socket.gethostname(),
-                  os.getpid())
+    hello = Hello(PROTOCOL, version, placement.size, placement.rank, generation, socket.gethostname(), os.getpid())
     if placement.size == 1:
         return Store(None, hello, timeout_s)
-    address = placement.store
+    check_protection(placement)
+    address, key = placement.store, store_key(placement.secret, placement.job)
     serves_here = placement.store_owner == "rank 0"
     if serves_here and address.startswith("unix:"):
         address = f"{address}-{generation}"
     server = None
     try:
         if serves_here and placement.rank == 0:
-            server = Server(listen(address), placement.job, "rank 0", generation)
-        return Store(_reach(address, placement.store_owner, hello, timeout_s), hello, timeout_s, server)
+            server = Server(listen(address), placement.job, "rank 0", generation, secret=placement.secret)
+        return Store(_reach(address, placement.store_owner, hello, key, timeout_s), hello, timeout_s, server)
     except BaseException:
         if server is not None:
             server.close()
         raise
+
+
+def check_protection(placement: Placement) -> None:
+    """Refuses to meet over a network where anybody could join.
+
+    Raises:
+        StartError: the ranks have no secret, their store is reached over a network, and nobody has allowed that.
+    """
+    if placement.secret or placement.options.get("allow_unauthenticated") == "1" or is_local(placement.store):
+        return
+    raise StartError(
+        f"the ranks meet at {placement.store} over the network, and {placement.launcher} gave them no secret, so anybody who "
+        "reaches that port could join or disturb the job: make a file that only you can read, on every host or on a file "
+        "system that all share, (umask 077; python -c 'import secrets; print(secrets.token_hex(32))' > FILE), and set "
+        "COMMLIB_SECRET_FILE=FILE on every rank; or, on a network where you trust everybody, COMMLIB_ALLOW_UNAUTHENTICATED=1"
+    )
+
+
+def is_local(address: str) -> bool:
+    """Whether a store's address can be reached from its own host only.
+
+    Example:
+        >>> is_local("localhost:1"), is_local("[::1]:1"), is_local("unix:@x"), is_local("10.0.0.1:1")
+        (True, True, True, False)
+    """
+    family, where = parse(address)
+    if family == socket.AF_UNIX or where[0] == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(where[0]).is_loopback
+    except ValueError:
+        return False
 
 
 def listen(address: str) -> socket.socket:
@@ -77,9 +113,12 @@ def listen(address: str) -> socket.socket:
                 raise
             return sock
         host, port = where
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        loopback = host in ("localhost", "127.0.0.1", "::1")
-        return socket.create_server((host if loopback else "", port), family=family, backlog=512)
+        family = resolve(host, port)[0].family
+        if is_local(address):
+            return socket.create_server((host, port), family=family, backlog=512)
+        # Its own name can mean 127.0.1.1 here, and the others may prefer the other family: all addresses, then.
+        both = socket.has_dualstack_ipv6()
+        return socket.create_server(("", port), family=socket.AF_INET6 if both else family, backlog=512, dualstack_ipv6=both)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise StartError(
@@ -102,13 +141,13 @@ def parse(address: str) -> tuple:
     raise StartError(f"COMMLIB_STORE is {address!r}: it must be HOST:PORT, or unix:@NAME (NAME of at most 107 bytes)")
 
 
-def _reach(address: str, owner: str, hello: Hello, timeout_s: float) -> "_Channel":
+def _reach(address: str, owner: str, hello: Hello, key: bytes, timeout_s: float) -> "_Channel":
     """Connects and says hello; tries again while the store is not there yet, or is that of an earlier generation."""
     deadline = time.monotonic() + timeout_s
     pause_s = _RETRY_S[0]
     while True:
         try:
-            return _enter(address, owner, hello, deadline)
+            return _enter(address, owner, hello, key, deadline)
         except (OSError, WireError, _Gone) as error:
             reason = str(error)
         if time.monotonic() + pause_s >= deadline:
@@ -122,10 +161,11 @@ def _reach(address: str, owner: str, hello: Hello, timeout_s: float) -> "_Channe
         pause_s = min(2 * pause_s, _RETRY_S[1])
 
 
-def _enter(address: str, owner: str, hello: Hello, deadline: float) -> "_Channel":
+def _enter(address: str, owner: str, hello: Hello, key: bytes, deadline: float) -> "_Channel":
     """One attempt. Raises StartError if it was refused for good; else OSError, WireError or _Gone."""
     channel = _Channel(_connect(address, deadline), owner, address)
     try:
+        _prove(channel, Calling(key, Claim(hello.rank, THE_STORE)), hello.rank, deadline)
         channel.send(hello.header())
         answer = channel.receive(deadline)
         if answer is None:
@@ -140,25 +180,33 @@ def _enter(address: str, owner: str, hello: Hello, deadline: float) -> "_Channel
         raise
 
 
+def _prove(channel: "_Channel", calling: Calling, rank: int, deadline: float) -> None:
+    """Proves to the store that this rank belongs to the job, and has it prove the same."""
+    channel.send_bytes(calling.prove(channel.receive_bytes(NONCE_NBYTES, deadline)))
+    answer = channel.receive_bytes(ANSWER_NBYTES, deadline)
+    if answer == REFUSAL:
+        raise StartError(
+            f"rank {rank} was refused at {channel.address}: that store belongs to another job or has another secret; give all "
+            "ranks of a job the same COMMLIB_SECRET_FILE, and jobs that run at once different COMMLIB_STORE=HOST:PORT"
+        )
+    if not calling.accepts(answer):
+        raise _Gone("what answers there has not this job's secret")
+
+
 def _connect(address: str, deadline: float) -> socket.socket:
     family, where = parse(address)
-    timeout_s = max(0.1, deadline - time.monotonic())
     if family != socket.AF_UNIX:
-        sock = socket.create_connection(where, timeout_s)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # a TCP connect to a free local port of the ephemeral range can find itself
-        if sock.getsockname() == sock.getpeername():
-            sock.close()
-            raise OSError(errno.ECONNREFUSED, "nobody listens there")
-        return sock
+        return dial(resolve(*where), max(deadline, time.monotonic() + 0.1))
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        sock.settimeout(timeout_s)
+        sock.settimeout(max(0.1, deadline - time.monotonic()))
         sock.connect(where)
+        if peer_uid(sock) not in (0, os.getuid()):  # abstract names belong to whoever comes first
+            raise OSError(errno.EACCES, f"user {peer_uid(sock)} listens there")
+        return sock
     except BaseException:
         sock.close()
         raise
-    return sock
 
 
 class _Gone(Exception):
@@ -176,21 +224,42 @@ class _Channel:
         self.sock.settimeout(_ANSWER_SLACK_S)  # the server always reads
         self.sock.sendall(encode(header, payload))
 
+    def send_bytes(self, data: bytes) -> None:
+        self.sock.settimeout(_ANSWER_SLACK_S)
+        self.sock.sendall(data)
+
     def receive(self, deadline: float) -> Optional[Message]:
         """The next message, or None at the deadline. Raises _Gone, WireError, OSError."""
         message = self._decoder.next()
         while message is None:
-            remaining_s = max(0.0, deadline - time.monotonic())
-            readable = select.poll()  # not select(): descriptors beyond 1024 are common in data loaders
-            readable.register(self.sock, select.POLLIN)
-            if not readable.poll(remaining_s * 1000.0 + 0.5):
+            data = self._read(_READ_NBYTES, deadline)
+            if data is None:
                 return None
-            data = self.sock.recv(_READ_NBYTES)
-            if not data:
-                raise _Gone("it closed the connection")
             self._decoder.feed(data)
             message = self._decoder.next()
         return message
+
+    def receive_bytes(self, nbytes: int, deadline: float) -> bytes:
+        """So many bytes that are no message. Raises _Gone, also at the deadline, and OSError."""
+        received = b""
+        while len(received) < nbytes:
+            data = self._read(nbytes - len(received), deadline)
+            if data is None:
+                raise _Gone("it does not answer")
+            received += data
+        return received
+
+    def _read(self, most_nbytes: int, deadline: float) -> Optional[bytes]:
+        """What has come, waiting for it; None at the deadline."""
+        remaining_s = max(0.0, deadline - time.monotonic())
+        readable = select.poll()  # not select(): descriptors beyond 1024 are common in data loaders
+        readable.register(self.sock, select.POLLIN)
+        if not readable.poll(remaining_s * 1000.0 + 0.5):
+            return None
+        data = self.sock.recv(most_nbytes)
+        if not data:
+            raise _Gone("it closed the connection")
+        return data
 
     def close(self) -> None:
         self.sock.close()
@@ -258,7 +327,8 @@ class Store:
         """(this host's address, the store's address) on the way between them; (None, None) if that is no network."""
         if self._channel is None or self._channel.sock.family == socket.AF_UNIX:
             return None, None
-        return self._channel.sock.getsockname()[0], self._channel.sock.getpeername()[0]
+        sock = self._channel.sock
+        return sock.getsockname()[0].partition("%")[0], sock.getpeername()[0].partition("%")[0]
 
     def check(self, wait_s: float = 0.0) -> None:
         """Raises StartError if the start has failed on some rank, or does so within `wait_s`."""

@@ -1,15 +1,14 @@
 """The rendezvous store: a key-value server where the ranks of a job meet, one room per initialisation.
 
-Runs as a thread of commrun or of rank 0, and lives only as long as ranks start. It knows sockets and who has come; it
-does not know what the values mean. Its second duty is bad news: once something is wrong in a room (a rank lost, two
-versions, two processes with one rank), everybody who is in it or comes later is told the same sentence.
+Runs as a thread of commrun or of rank 0, and lives only as long as ranks start. It knows sockets and who is at the other
+end; what happens in a room is rendezvous_room.py's. A caller proves first that it holds the job's secret (proof.py): until
+then nothing that it sends is looked at, and nothing is told but random bytes.
 """
 from __future__ import annotations
 
 import collections
 import contextlib
 import errno
-import hmac
 import os
 import selectors
 import socket
@@ -18,149 +17,33 @@ import threading
 import time
 from typing import Callable, Optional
 
+from commlib.proof import PROOF_NBYTES, THE_STORE, Claim, Listening, Strangers
+from commlib.rendezvous_room import Room, Wait
 from commlib.rendezvous_wire import (
-    MAX_HEADER_NBYTES, MAX_HELLO_NBYTES, MAX_VALUE_NBYTES, PROTOCOL, Decoder, Hello, Message, WireError, encode,
-    hello_of, spell_ranks,
+    MAX_HEADER_NBYTES, MAX_HELLO_NBYTES, MAX_VALUE_NBYTES, PROTOCOL, Decoder, Hello, Message, WireError, encode, hello_of,
 )  # fmt: skip
+from commlib.secret import Secret
 
-MAX_KEYS = 1 << 20  # of one room: some 16 per rank are used
 _READ_NBYTES = 1 << 16
-
-# What all ranks must agree in: field, what it is, what to do about it.
-_AGREE = (
-    ("protocol", "rendezvous protocol", "install the same commlib on every host"),
-    ("version", "commlib version", "install the same commlib on every host"),
-    ("size", "number of ranks", "start all ranks with one launcher command"),
-)
+_ACCEPTS_PER_TURN = 16  # a flood of strangers must leave room for the ranks that are there
 
 
 class _Connection:
-    """One client: its socket, what it has said so far, and who it is once it has said hello."""
+    """One client: its socket, what it has proven and said so far, and who it is once it has said hello."""
 
-    def __init__(self, sock: socket.socket):
-        self.sock = sock
+    def __init__(self, sock: socket.socket, address: object, key: bytes):
+        self.sock, self.address = sock, address
+        self.listening = Listening(key)
+        self.proof = b""                     # as much of it as has come
+        self.claim: Optional[Claim] = None   # whom it has proven to be
         self.decoder = Decoder(MAX_HELLO_NBYTES)
-        self.outbox = bytearray()
+        self.outbox = bytearray(self.listening.challenge)
         self.hello: Optional[Hello] = None
-        self.room: Optional[_Room] = None
+        self.room: Optional[Room] = None
         self.closing = False  # to be closed as soon as the outbox is empty
 
     def tell(self, header: dict, payload: bytes = b"") -> None:
         self.outbox += encode(header, payload)
-
-
-class _Wait:
-    """A client's unanswered request for keys."""
-
-    def __init__(self, connection: _Connection, keys: list, timeout_s: float):
-        self.connection = connection
-        self.keys = keys
-        self.timeout_s = timeout_s
-        self.deadline = time.monotonic() + timeout_s
-
-
-class _Room:
-    """One generation: who has come, what was set, who waits. Knows no sockets."""
-
-    def __init__(self, first: Hello):
-        self.first = first
-        self.size = first.size
-        self.present: dict = {}   # rank -> connection
-        self.came: dict = {}      # rank -> hello; never forgotten
-        self.left: set = set()
-        self.told: set = set()    # ranks that know of the failure
-        self.values: dict = {}
-        self.waits: list = []
-        self.suspects: dict = {}  # rank -> when its broken connection counts as its death
-        self.failure: Optional[dict] = None
-
-    @property
-    def finished(self) -> bool:
-        return len(self.left) == self.size
-
-    @property
-    def settled(self) -> bool:
-        """Nobody who still has to be told anything can come."""
-        return self.finished or (self.failure is not None and len(self.told) == self.size)
-
-    def enter(self, hello: Hello, connection: _Connection) -> None:
-        self.complain_of(hello)
-        if self.failure is None:
-            self.came[hello.rank] = hello
-            self.present[hello.rank] = connection
-        else:
-            self.told.add(hello.rank)
-            connection.tell(self.failure)
-
-    def complain_of(self, hello: Hello) -> None:
-        """Fails the room if this newcomer does not fit to those who came before."""
-        for name, noun, advice in _AGREE:
-            theirs, ours = getattr(hello, name), getattr(self.first, name)
-            if theirs != ours:
-                self.fail(None, f"the ranks differ in {noun}: {self.first.who()} has {ours}, {hello.who()} has "
-                                f"{theirs}; {advice}")
-                return
-        other = self.came.get(hello.rank)
-        if other is not None:
-            self.fail(hello.rank, f"two processes say that they are rank {hello.rank} of {hello.size}: pid {other.pid} "
-                                  f"on {other.host} and pid {hello.pid} on {hello.host}; start every rank once")
-
-    def fail(self, rank: Optional[int], text: str) -> None:
-        """The first failure is the one that everybody hears."""
-        if self.failure is not None:
-            return
-        self.failure = {"op": "failed", "rank": rank, "text": text}
-        self.waits.clear()
-        self.told.update(self.came)
-        if rank is not None:
-            self.told.add(rank)
-        for connection in self.present.values():
-            connection.tell(self.failure)
-
-    def set(self, key: str, value: bytes) -> None:
-        if len(self.values) >= MAX_KEYS and key not in self.values:
-            raise WireError(f"more than {MAX_KEYS} keys")
-        self.values[key] = value
-        self.waits = [wait for wait in self.waits if not self.answer(wait)]
-
-    def answer(self, wait: _Wait) -> bool:
-        """Answers a request if all its keys are there."""
-        if any(key not in self.values for key in wait.keys):
-            return False
-        values = [self.values[key] for key in wait.keys]
-        wait.connection.tell({"op": "values", "lengths": [len(value) for value in values]}, b"".join(values))
-        return True
-
-    def expire(self, now: float) -> None:
-        """Answers requests that have waited too long, and believes broken connections that nobody has explained."""
-        for wait in [wait for wait in self.waits if wait.deadline <= now]:
-            self.waits.remove(wait)
-            wait.connection.tell({"op": "late", "rank": self._blame(), "text": self._late(wait)})
-        for rank in [rank for rank, deadline in self.suspects.items() if deadline <= now]:
-            del self.suspects[rank]
-            self.fail(rank, f"{self.came[rank].who()} was lost while the job started: its connection closed, so it "
-                            "died or was killed; see its own output")
-
-    def next_deadline(self) -> float:
-        return min([wait.deadline for wait in self.waits] + list(self.suspects.values()), default=float("inf"))
-
-    def _missing(self) -> list:
-        return [rank for rank in range(self.size) if rank not in self.came]
-
-    def _blame(self) -> Optional[int]:
-        missing = self._missing()
-        return missing[0] if len(missing) == 1 else None
-
-    def _late(self, wait: _Wait) -> str:
-        missing = self._missing()
-        if missing:
-            return (
-                f"waited {wait.timeout_s:.3g} s, and rank {spell_ranks(missing)} of {self.size} has not come: it was "
-                "not started, died before it called init(), or cannot reach this host; give slow starts more time with "
-                "COMMLIB_START_TIMEOUT_S"
-            )
-        keys = [key for key in wait.keys if key not in self.values]
-        return f"waited {wait.timeout_s:.3g} s for {', '.join(keys[:4])}: all ranks came, but one is stuck before it"
 
 
 class Server:
@@ -168,15 +51,18 @@ class Server:
 
     Args:
         listener: a listening socket; the server owns it from here on.
-        job: clients of another job are refused.
+        job: its name; callers of another job are refused.
         owner: in whose process the server runs ("commrun", "rank 0"), for messages.
         generation: the only generation that is served; None: all of them, each in its own room.
         explain_s: how long a broken connection waits for `rank_ended` to say why, before it counts as a death.
+        secret: the job's; callers that do not hold it are refused.
     """
 
     def __init__(self, listener: socket.socket, job: str, owner: str, generation: Optional[int] = None,
-                 explain_s: float = 0.0):
-        self._job, self._owner, self._generation, self._explain_s = job, owner, generation, explain_s
+                 explain_s: float = 0.0, secret: Secret = Secret()):
+        self._owner, self._generation, self._explain_s = owner, generation, explain_s
+        self._key = store_key(secret, job)
+        self._strangers = Strangers(f"the store of {owner}")
         self._listener = listener
         self._rooms: dict = {}   # generation -> room
         self._finished = 0       # all generations up to here are over: ranks leave one before they enter the next
@@ -222,7 +108,7 @@ class Server:
                 pass  # its last words, perhaps a goodbye, may still lie in the socket
             self._blame_ended(room)
 
-    def _blame_ended(self, room: _Room) -> None:
+    def _blame_ended(self, room: Room) -> None:
         for rank, why in self._ended.items():
             if rank not in room.left:
                 room.suspects.pop(rank, None)
@@ -239,11 +125,13 @@ class Server:
             self.settled.set()
 
     def _turn(self) -> None:
-        deadline = min((room.next_deadline() for room in self._rooms.values()), default=float("inf"))
+        deadline = min([room.next_deadline() for room in self._rooms.values()] + [self._strangers.next_deadline()])
         timeout_s = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
         for key, events in self._selector.select(timeout_s):
             if key.fileobj is self._listener:
-                self._accept()
+                for _ in range(_ACCEPTS_PER_TURN):
+                    if not self._accept():
+                        break
             elif key.fileobj is self._wake_reader:
                 self._wake_reader.recv(_READ_NBYTES)
                 while self._orders:
@@ -252,26 +140,46 @@ class Server:
                 self._read(key.data)
         for room in self._rooms.values():
             room.expire(time.monotonic())
+        for stranger in self._strangers.expired():
+            self._refuse(stranger, "it has not proven in time that it belongs to the job")
         self._flush()
         self._forget_settled()
 
-    def _accept(self) -> None:
+    def _accept(self) -> bool:
+        """Takes one caller. Returns False if there is none."""
         try:
-            sock, _ = self._listener.accept()
+            sock, address = self._listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(0.05)  # the client stays in the queue; without descriptors there is nothing better to do
-            return
-        if sock.family == socket.AF_UNIX and _peer_uid(sock) not in (0, os.getuid()):
+                self._make_room()
+            return False
+        if sock.family == socket.AF_UNIX and peer_uid(sock) not in (0, os.getuid()):
             sock.close()  # another user: abstract sockets have no file permissions
-            return
+            return True
         sock.setblocking(False)
-        self._selector.register(sock, selectors.EVENT_READ, _Connection(sock))
+        connection = _Connection(sock, address, self._key)
+        self._selector.register(sock, selectors.EVENT_READ, connection)
+        for stranger in self._strangers.admit(connection):
+            self._refuse(stranger, "too many callers have proven nothing")
+        return True
+
+    def _make_room(self) -> None:
+        """Out of descriptors: the caller stays in the queue until somebody who has proven nothing has left."""
+        stranger = self._strangers.oldest()
+        if stranger is None:
+            time.sleep(0.05)  # there is nothing better to do
+        else:
+            self._refuse(stranger, "out of descriptors")
+
+    def _refuse(self, connection: _Connection, reason: str) -> None:
+        self._strangers.refuse(connection.address, reason)
+        self._drop(connection)
 
     def _read(self, connection: _Connection) -> bool:
         """Hears what has come. Returns False if nothing has, or the connection is closed."""
+        proven = connection.claim is not None
         try:
-            data = connection.sock.recv(_READ_NBYTES)
+            data = connection.sock.recv(_READ_NBYTES if proven else PROOF_NBYTES - len(connection.proof))
         except (BlockingIOError, InterruptedError):
             return False
         except OSError:
@@ -279,6 +187,9 @@ class Server:
         if not data:
             self._drop(connection)
             return False
+        if not proven:
+            self._judge(connection, data)
+            return not connection.closing
         connection.decoder.feed(data)
         try:
             message = connection.decoder.next()
@@ -290,9 +201,24 @@ class Server:
             connection.closing = True
         return not connection.closing
 
+    def _judge(self, connection: _Connection, data: bytes) -> None:
+        """Takes bytes of a caller that has proven nothing yet; all that they can be is its proof."""
+        connection.proof += data
+        if len(connection.proof) < PROOF_NBYTES:
+            return
+        self._strangers.forget(connection)
+        connection.claim = connection.listening.judge(connection.proof)
+        connection.outbox += connection.listening.answer
+        if connection.claim is None:
+            self._strangers.refuse(connection.address, "it has another secret, or belongs to another job")
+            connection.closing = True
+
     def _hear(self, connection: _Connection, message: Message) -> None:
         if connection.hello is None:
-            self._greet(connection, hello_of(message.header))
+            hello = hello_of(message.header)
+            if connection.claim != (hello.rank, THE_STORE):
+                raise WireError(f"rank {connection.claim.caller} says that it is rank {hello.rank}")
+            self._greet(connection, hello)
             return
         handlers = {"set": self._set, "get": self._get, "fail": self._fail, "bye": self._bye}
         handler = handlers.get(message.header["op"])
@@ -309,14 +235,12 @@ class Server:
             return
         connection.hello = hello
         connection.decoder.max_nbytes = MAX_HEADER_NBYTES + MAX_VALUE_NBYTES
-        room = connection.room = self._rooms.setdefault(hello.generation, _Room(hello))
+        room = connection.room = self._rooms.setdefault(hello.generation, Room(hello))
         room.enter(hello, connection)
         self._blame_ended(room)
 
     def _door(self, hello: Hello) -> dict:
         """The answer to a hello: welcome, retry (too early) or refused."""
-        if not hmac.compare_digest(hello.job.encode(), self._job.encode()):
-            return {"op": "refused", "text": f"this is the store of another job (it belongs to {self._owner})"}
         wanted = hello.generation
         if self._generation is not None and wanted > self._generation:
             return {"op": "retry", "text": f"{self._owner} is still at initialisation {self._generation}"}
@@ -332,7 +256,7 @@ class Server:
         keys, timeout_s = message.header.get("keys"), message.header.get("timeout_s")
         if not isinstance(keys, list) or not isinstance(timeout_s, (int, float)):
             raise WireError("a get without keys or timeout_s")
-        wait = _Wait(connection, [_key(key) for key in keys], timeout_s)
+        wait = Wait(connection, [_key(key) for key in keys], timeout_s)
         if not connection.room.answer(wait):
             connection.room.waits.append(wait)
 
@@ -348,6 +272,7 @@ class Server:
         """Closes a connection; one that broke without a goodbye makes its rank a suspect."""
         if connection.sock.fileno() < 0:
             return
+        self._strangers.forget(connection)
         self._selector.unregister(connection.sock)
         connection.sock.close()
         connection.closing = True
@@ -391,6 +316,12 @@ def _key(key: object) -> str:
     return key
 
 
-def _peer_uid(sock: socket.socket) -> int:
+def store_key(secret: Secret, job: str) -> bytes:
+    """What ranks and store of a job prove to each other to hold."""
+    return secret.key("store", job)
+
+
+def peer_uid(sock: socket.socket) -> int:
+    """The user at the other end of a Unix socket, as it was when that end connected or listened."""
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return struct.unpack("3i", credentials)[1]

@@ -1,7 +1,7 @@
 """The words between a rank and the rendezvous store: framing, limits, the hello. Bytes in, messages out; no sockets.
 
 A message is a JSON header and a payload of bytes. Nothing is unpickled, and every length is checked before it is
-believed: the store's port may be reached by strangers.
+believed, though whoever speaks has proven before (proof.py) that it belongs to the job.
 """
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import struct
 from dataclasses import asdict, dataclass, fields
 from typing import Iterable, NamedTuple, Optional
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_HEADER_NBYTES = 1 << 20    # the longest: a list of one key per rank, some 20 bytes each
 MAX_PAYLOAD_NBYTES = 64 << 20  # the longest: one value of every rank
 MAX_VALUE_NBYTES = 1 << 20
@@ -78,11 +78,10 @@ def _parse(text: bytes) -> dict:
 
 @dataclass(frozen=True)
 class Hello:
-    """How a rank introduces itself to the store. All ranks must agree in protocol, version, job and size."""
+    """How a rank introduces itself to the store. All ranks must agree in protocol, version and size."""
 
     protocol: int
     version: str
-    job: str
     size: int
     rank: int
     generation: int  # how many times this process has begun to initialise, this time included

@@ -11,7 +11,7 @@ import functools
 import inspect
 import logging
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from commlib import bootstrap, rendezvous
 from commlib.calibrate import calibrated
@@ -20,6 +20,7 @@ from commlib.connect import connect
 from commlib.control import Control
 from commlib.engine import Engine
 from commlib.errors import MismatchError
+from commlib.secret import Secret
 from commlib.settings import Settings
 from commlib.version import VERSION
 
@@ -27,14 +28,15 @@ _log = logging.getLogger("commlib")
 
 _SETTING_NAMES = frozenset(field.name for field in fields(Settings))
 # Options that are no settings: they may differ between ranks, or are another file's.
-_OTHER_OPTIONS = frozenset(("settings", "timeline", "start_timeout_s", "interface", "log_level", "backend"))
+_OTHER_OPTIONS = frozenset(("settings", "timeline", "start_timeout_s", "network_interfaces", "port_range",
+                            "allow_unauthenticated", "log_level", "backend"))
 
 
 def _native(engine, topology, settings, placement, timeout_s):
     return Communicator(engine, topology, settings)
 
 
-def open_communicator(generation, settings=None, timeout_s=None, environ=None, backend=None, backends=None):
+def open_communicator(generation, settings=None, timeout_s=None, environ=None, backend=None, backends=None, secret=None):
     """Meets the other ranks and links them.
 
     Args:
@@ -46,13 +48,14 @@ def open_communicator(generation, settings=None, timeout_s=None, environ=None, b
         backend: the name of who moves the bytes; None: COMMLIB_BACKEND or "native".
         backends: what there is beside the engine: name -> function(engine, topology, settings, placement, timeout_s) that
             makes the Communicator.
+        secret: where ranks of several hosts find the job's secret if the launcher gave them none: function(placement) -> text.
 
     Raises:
         StartError: a rank did not come, was lost, or cannot be reached.
         MismatchError: ranks differ in their settings.
         ValueError: an option that is no setting or cannot have its value; an unknown backend.
     """
-    placement = bootstrap.discover(environ)
+    placement = _with_secret(bootstrap.discover(environ), secret)
     backend = backend or placement.options.get("backend", "native")
     make_communicator = _maker(backend, {**(backends or {}), "native": _native})
     settings = _starting_settings(settings, placement.options)
@@ -70,6 +73,13 @@ def open_communicator(generation, settings=None, timeout_s=None, environ=None, b
     if "timeline" in placement.options:
         communicator.start_timeline(placement.options["timeline"])
     return communicator
+
+
+def _with_secret(placement, source):
+    """The placement with a secret out of `source`, if it has none and the ranks meet over a network."""
+    if source is None or placement.secret or placement.size == 1 or rendezvous.is_local(placement.store):
+        return placement
+    return replace(placement, secret=Secret(source(placement)))
 
 
 def _maker(backend, makers):
@@ -147,11 +157,11 @@ class Session:
         atexit.register(self.shutdown)
         os.register_at_fork(after_in_child=self._after_fork)
 
-    def init(self, settings=None, timeout_s=None, environ=None, backend=None, backends=None):
-        """Makes the default communicator; while there is one, returns it."""
+    def init(self, *args):
+        """Makes the default communicator; while there is one, returns it. Arguments as of `open_communicator`."""
         if self._communicator is None:
             self._generation += 1
-            self._communicator = open_communicator(self._generation, settings, timeout_s, environ, backend, backends)
+            self._communicator = open_communicator(self._generation, *args)
         elif self._communicator.is_forked:
             raise self._communicator.health
         return self._communicator

@@ -225,36 +225,6 @@ def one_leaves_early():
         server.close()
 
 
-def test_strangers_disturb_nobody():
-    port = free_port()
-    ready = threading.Event()
-
-    def body(store):
-        if store.rank == 0:
-            ready.set()
-        return store.gather("all", b"%d" % store.rank)
-
-    def stranger(data):
-        assert ready.wait(TIMEOUT_S)
-        with socket.create_connection(("127.0.0.1", port), TIMEOUT_S) as sock:
-            sock.settimeout(TIMEOUT_S)
-            sock.sendall(data)
-            return b"".join(iter(lambda: sock.recv(4096), b""))
-
-    hello = Hello(PROTOCOL, "1", "other job", 2, 1, 1, "host", 1)
-    garbage = [b"GET / HTTP/1.1\r\n\r\n", encode({"op": "get", "keys": ["x"]}), b"clrv" + b"\xff" * 8,
-               encode({"op": "hello"}), encode(hello.header()), encode({"op": "hello", "rank": [1] * 2000})]
-
-    def second():
-        answers = [stranger(data) for data in garbage]
-        return answers, member(1, 2, f"127.0.0.1:{port}")()
-
-    first, (answers, result) = together(member(0, 2, f"127.0.0.1:{port}", body), second)
-    assert first == result == [b"0", b"1"]
-    assert all(b"refused" in answer for answer in answers)
-    assert b"another job" in answers[4]
-
-
 def test_a_taken_port_names_the_variable():
     with socket.create_server(("127.0.0.1", 0)) as sock:
         address = f"127.0.0.1:{sock.getsockname()[1]}"
@@ -361,7 +331,7 @@ def test_bytes_of_others_are_refused(data):
 @pytest.mark.parametrize("field, value", [("size", 0), ("size", 1 << 30), ("rank", -1), ("rank", 2), ("rank", True),
                                           ("generation", 0), ("version", 1), ("pid", "x")])
 def test_an_absurd_hello_is_refused(field, value):
-    header = dict(Hello(PROTOCOL, "1", "job", 2, 1, 1, "host", 1).header(), **{field: value})
+    header = dict(Hello(PROTOCOL, "1", 2, 1, 1, "host", 1).header(), **{field: value})
     with pytest.raises(WireError):
         hello_of(header)
 

@@ -21,6 +21,7 @@ from commlib.launch import processes
 from commlib.launch.output import ENDED, Stream
 from commlib.rendezvous import listen
 from commlib.rendezvous_server import Server
+from commlib.secret import Secret, new_secret
 
 GRACE_S = 5.0         # for ranks to end by themselves after a failure or Ctrl-C: a lost peer is noticed within that
 TERMINATE_S = 3.0     # from SIGTERM to SIGKILL
@@ -36,6 +37,7 @@ class Job:
     def __init__(self, options: argparse.Namespace, environ: Dict[str, str]):
         self._options, self._environ = options, environ
         self._size = options.size
+        self._secret = new_secret()
         self._ranks: Dict[int, int] = {}               # pid -> rank, of those still running
         self._groups: List[int] = []                   # process groups of all ranks ever started
         self._streams: List[Stream] = []
@@ -54,7 +56,7 @@ class Job:
         previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         previous = {number: signal.signal(number, lambda *_: None) for number in _HANDLED}
         name, job = f"unix:@commlib-{os.getpid()}-{secrets.token_hex(8)}", secrets.token_hex(16)
-        server = Server(listen(name), job, "commrun", explain_s=EXPLAIN_S)
+        server = Server(listen(name), job, "commrun", explain_s=EXPLAIN_S, secret=Secret(self._secret))
         guard = processes.start_guard()
         try:
             self._start_all(name, job, guard)
@@ -101,7 +103,7 @@ class Job:
         if self._options.settings is not None:
             environ["COMMLIB_SETTINGS"] = os.path.abspath(self._options.settings)
         placement = {"RANK": rank, "SIZE": self._size, "LOCAL_RANK": rank, "LOCAL_SIZE": self._size, "CROSS_RANK": 0,
-                     "CROSS_SIZE": 1, "STORE": store, "STORE_OWNER": "commrun", "JOB": job}
+                     "CROSS_SIZE": 1, "STORE": store, "STORE_OWNER": "commrun", "JOB": job, "SECRET": self._secret}
         environ.update({f"COMMLIB_{name}": str(value) for name, value in placement.items()})
         return environ
 

@@ -21,6 +21,7 @@ from commlib.torch.operations import (
     allgather_async, allreduce_async, allreduce_async_, alltoall_async, broadcast_async, broadcast_async_, poll,
     reducescatter_async, synchronize,
 )  # fmt: skip
+from commlib.torch.launching import job_secret
 from commlib.torch.optimizer import DistributedOptimizer
 from commlib.torch.state import allgather_object, broadcast_object, broadcast_optimizer_state, broadcast_parameters
 from commlib.torch.trace import trace_layers
@@ -42,7 +43,7 @@ def init(comm=None, process_sets=None, *, backend=None):
     """
     if comm is not None or process_sets:
         raise ValueError("init(comm=..., process_sets=...) is not supported yet: call init(), and start with commrun")
-    communicator = commlib.init(backend=backend, backends={"gloo": _gloo_communicator})
+    communicator = commlib.init(backend=backend, backends={"gloo": _gloo_communicator}, secret=job_secret)
     if backend not in (None, communicator.backend):
         raise ValueError(f"commlib was initialized with backend={communicator.backend!r}: call shutdown() first")
 

@@ -30,7 +30,7 @@ _ABORTED = timedelta(seconds=2)  # gloo needs about a millisecond once its conne
 
 def gloo_communicator(engine, topology, settings, placement, timeout_s):
     """A Communicator whose bytes gloo moves; see `commlib.session.open_communicator`."""
-    place = listening_place(topology.hosts, placement.options.get("interface", ""), placement.store)
+    place = listening_place(topology.hosts, placement.options.get("network_interfaces", ""), placement.store)
     mover = GlooMover(engine.rank, engine.size, place, timeout_s or placement.start_timeout_s)
     submitter = TicketSubmitter(engine, topology.hosts, settings, mover)
     communicator = Communicator(engine, topology, settings, submitter)
@@ -61,7 +61,9 @@ class GlooMover:
         try:
             self._group = GlooGroup(*self._arguments, exchange)
         except RuntimeError as error:
-            raise CommlibError(f"{error}; between hosts, set COMMLIB_INTERFACE to the network interface that they share") from error
+            raise CommlibError(
+                f"{error}; between hosts, set COMMLIB_NETWORK_INTERFACES to the network interface that they share"
+            ) from error
 
     def abort(self):
         """Shuts the connections down."""

@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch.distributed
 
 from commlib import CommlibError
+from commlib.interfaces import offered
 
 _LOOPBACK = "127.0.0.1"
 
@@ -94,18 +95,18 @@ class _ExchangeStore(torch.distributed.Store):
             raise CommlibError(f"no rank has told gloo's {', '.join(missing)}: do all ranks have the same torch?")
 
 
-def listening_place(hosts, interface, store):
+def listening_place(hosts, interfaces, store):
     """Where gloo shall listen, as create_device takes it; None: only torch.distributed can tell.
 
     Args:
         hosts: the host index of every rank.
-        interface: the network interface that the user named, or "".
+        interfaces: the network interfaces that the user named, as `commlib.interfaces.offered` takes them, or "".
         store: where the ranks have met, as "host:port": the address that leads there is one that the others reach.
     """
     if len(set(hosts)) == 1:
         return {"hostname": _LOOPBACK}
-    if interface:
-        return {"interface": interface}
+    if interfaces:
+        return {"hostname": str(offered(interfaces, None)[0].ip)}
     address = _address_towards(store)
     return None if address in ("", "::1") or address.startswith("127.") else {"hostname": address}
 

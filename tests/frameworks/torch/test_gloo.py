@@ -146,11 +146,11 @@ def test_ranks_that_differ_are_told():
 # ---- where gloo listens ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hosts, interface, store, place", [
-    ((0, 0), "eth7", "10.1.2.3:4", {"hostname": "127.0.0.1"}),
-    ((0, 1), "eth7", "10.1.2.3:4", {"interface": "eth7"}),
+@pytest.mark.parametrize("hosts, interfaces, store, place", [
+    ((0, 0), "lo", "10.1.2.3:4", {"hostname": "127.0.0.1"}),
+    ((0, 1), "127.0.0.0/8", "10.1.2.3:4", {"hostname": "127.0.0.1"}),
     ((0, 1), "", "127.0.0.1:9", None),
     ((0, 1), "", "no address", None),
 ])  # fmt: skip
-def test_where_gloo_listens(hosts, interface, store, place):
-    assert listening_place(hosts, interface, store) == place
+def test_where_gloo_listens(hosts, interfaces, store, place):
+    assert listening_place(hosts, interfaces, store) == place
