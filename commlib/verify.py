@@ -15,6 +15,9 @@ Every event waits only for certain other events, so nothing depends on timing: e
 order, or the same ones never do. Conflicting steps of a rank are ordered by its list (`Plan.dependencies`), and
 messages pair by number, so the value that each message carries is the same in every order too.
 
+A sum is scaled (an average) by the step that completes it: a rank's last step that writes a chunk, if that is a RECV_REDUCE.
+Where the last one is a RECV, the sender must have scaled. Nothing may be added to what is scaled, and every result is.
+
 Without the slot (`staging=False`) a RECV_REDUCE waits as a RECV does. Recursive doubling then locks up, since each side
 would first send what the other cannot take yet: without a slot, such plans must not run under rendezvous.
 """
@@ -63,7 +66,7 @@ def verify(
     values = Values(idempotent=kind == "barrier", lossy=lossy)
     promise = PROMISES[kind]
     buffers = [[promise.begins_with(values, plan, chunk, shape) for chunk in range(plan.nchunks)] for plan in plans]
-    run(plans, buffers, values, progress(plans, staging, pick))
+    run(plans, buffers, values, progress(plans, staging, pick), promise.scaled)
     result = [[value if value is None else values.sent(value) for value in buffer] for buffer in buffers]
     promise.check(values, result, plans, shape)
 
@@ -231,6 +234,7 @@ class Values:
         self._idempotent, self._lossy = idempotent, lossy
         self._numbers: Dict[tuple, int] = {}
         self._rounded: Set[int] = set()
+        self._scaled: Set[int] = set()
         self.chunks: List[int] = []  # by number: the chunk that the value belongs to
         self._ranks: List[int] = []  # by number: the contributing ranks, as bits
 
@@ -250,6 +254,8 @@ class Values:
         chunk, both = self.chunks[left], self._ranks[left] & self._ranks[right]
         require(chunk == self.chunks[right], lambda: f"chunk {self.chunks[right]} is reduced into chunk {chunk}")
         require(self._idempotent or not both, lambda: f"rank {_bits(both)[0]} is counted twice in chunk {chunk}")
+        require(left not in self._scaled and right not in self._scaled,
+                lambda: f"chunk {chunk} is added to after it was scaled")
         key = ("combined", min(left, right), max(left, right))
         return self._number(key, chunk, self._ranks[left] | self._ranks[right])
 
@@ -259,7 +265,19 @@ class Values:
             return value
         result = self._number(("rounded", value), self.chunks[value], self._ranks[value])
         self._rounded.add(result)
+        if value in self._scaled:
+            self._scaled.add(result)
         return result
+
+    def scaled(self, value: int) -> int:
+        """The value as a result: nothing more is added to it."""
+        result = self._number(("scaled", value), self.chunks[value], self._ranks[value])
+        self._scaled.add(result)
+        return result
+
+    def is_scaled(self, value: int) -> bool:
+        """Whether this is a result."""
+        return value in self._scaled
 
     def contributors(self, value: int) -> List[int]:
         """The ranks whose contributions are in the value."""
@@ -273,9 +291,19 @@ def _bits(mask: int) -> List[int]:
 Buffer = List[Optional[int]]  # of one rank: the value of each chunk, None where nothing meaningful lies
 
 
-def run(plans: Sequence[Plan], buffers: List[Buffer], values: Values, events: Iterator[Event]) -> None:
+def completed(plan: Plan, scaling: Callable[[Plan, int], bool]) -> Set[Tuple[int, int]]:
+    """(step, chunk) wherever a step completes a result: it is the last to write the chunk, and adds to it."""
+    last = {chunk: index for index, step in enumerate(plan.steps) if step.kind != SEND
+            for chunk in range(step.first_chunk, step.end_chunk)}
+    return {(index, chunk) for chunk, index in last.items()
+            if plan.steps[index].kind == RECV_REDUCE and scaling(plan, chunk)}
+
+
+def run(plans: Sequence[Plan], buffers: List[Buffer], values: Values, events: Iterator[Event],
+        scaling: Callable[[Plan, int], bool] = lambda plan, chunk: False) -> None:
     """Lets the events happen to the buffers."""
     partner = matches(plans)
+    complete = [completed(plan, scaling) for plan in plans]
     slots: Dict[StepId, List[int]] = {}
     for here in events:
         step = plans[here.rank].steps[here.index]
@@ -286,7 +314,8 @@ def run(plans: Sequence[Plan], buffers: List[Buffer], values: Values, events: It
                 own = buffer[chunk]
                 require(own is not None, lambda: f"{describe(plans, here)}: reduces into chunk {chunk}, "
                                                  f"which holds nothing")
-                buffer[chunk] = values.combined(own, value)
+                total = values.combined(own, value)
+                buffer[chunk] = values.scaled(total) if (here.index, chunk) in complete[here.rank] else total
             continue
         for chunk in chunks:
             require(buffer[chunk] is not None, lambda: f"{describe(plans, here)}: sends chunk {chunk}, "
@@ -309,6 +338,7 @@ class Promise(NamedTuple):
 
     begins_with: Callable[[Values, Plan, int, Shape], Optional[int]]
     check: Callable[[Values, List[Buffer], Sequence[Plan], Shape], None]
+    scaled: Callable[[Plan, int], bool] = lambda plan, chunk: False  # which chunks of a rank are results that are scaled
 
 
 def _everyone_contributes(values: Values, plan: Plan, chunk: int, shape: Shape) -> Optional[int]:
@@ -333,6 +363,7 @@ def _require_whole(values: Values, buffer: Buffer, rank: int, chunk: int, shape:
             lambda: f"rank {rank} ends with something else in chunk {chunk}")
     missing = set(range(shape.size)).difference(values.contributors(value))
     require(not missing, lambda: f"rank {rank} ends without the contribution of rank {min(missing)} in chunk {chunk}")
+    require(shape.size == 1 or values.is_scaled(value), lambda: f"rank {rank} ends with chunk {chunk} unscaled")
 
 
 def _require_value(buffer: Buffer, rank: int, chunk: int, expected: int, source: int) -> None:
@@ -382,10 +413,10 @@ def _check_barrier(values: Values, buffers: List[Buffer], plans: Sequence[Plan],
 
 
 PROMISES: Mapping[str, Promise] = {
-    "allreduce": Promise(_everyone_contributes, _check_allreduce),
+    "allreduce": Promise(_everyone_contributes, _check_allreduce, lambda plan, chunk: True),
     "broadcast": Promise(_root_contributes, _check_broadcast),
     "allgather": Promise(_owner_contributes, _check_allgather),
-    "reducescatter": Promise(_everyone_contributes, _check_reducescatter),
+    "reducescatter": Promise(_everyone_contributes, _check_reducescatter, lambda plan, chunk: chunk == plan.rank),
     "alltoall": Promise(_input_contributes, _check_alltoall),
     "barrier": Promise(_everyone_contributes, _check_barrier),
 }

@@ -77,6 +77,8 @@ const char *cl_kernels_name(int index);
 int cl_kernels_supported(int index);
 /* As cl_reduce and cl_scale, with one given set: for tests and benchmarks. CL_INVALID if it is not supported here. */
 int cl_reduce_with(int index, int32_t dtype, int32_t reduction, void *acc, const void *in, size_t count);
+/* As cl_reduce_with, and in[i] = acc[i]: for memory that two ranks share. */
+int cl_reduce_both_with(int index, int32_t dtype, int32_t reduction, void *acc, void *in, size_t count);
 int cl_scale_with(int index, int32_t dtype, void *out, const void *in, size_t count, double factor);
 size_t cl_dtype_nbytes(int32_t dtype);
 

@@ -62,6 +62,9 @@ struct cl_plan {
     uint32_t *needs;     /* step -> number of steps it depends on */
     uint32_t *dependents_end; /* dependents of step i: dependents[dependents_end[i - 1] .. dependents_end[i]) */
     uint32_t *dependents;
+    uint32_t *answer;    /* of a send, the receive that brings the same chunks back from the same peer, and waits for nothing
+                            else: until then nobody looks at them. Of a recv_reduce, such a send. + 1; 0: there is none */
+    uint32_t *last_writer; /* chunk -> the last step that writes it, + 1; 0: none does */
     cl_plan_peer *peers;
 };
 
@@ -85,6 +88,8 @@ typedef struct {
     uint8_t *state;       /* per step: cl_step_state */
     uint32_t *granted_out; /* per plan peer: sends that the peer can take */
     uint32_t *granted_in; /* per plan peer: receives that we have granted, or could */
+    const uint8_t *kept;  /* where the peer's payload lies that holds the result of a step too, NULL: none does, */
+    uint32_t kept_for;    /* and the send that answers with it */
 } cl_segment;
 
 /* A frame that came before it could be used. */
@@ -190,7 +195,6 @@ typedef struct {
     cl_incoming_mode mode;     /* of the frame now coming in */
     cl_operation *operation;
     uint32_t segment, step;
-    uint8_t *place;       /* where its payload goes, or is added */
     cl_kept *keeping;
 } cl_peer;
 
@@ -268,7 +272,6 @@ int cl_operation_accepts(cl_operation *operation, int32_t peer, const cl_frame *
 /* True if the frame was granted: it may come before its step can take it, and is staged then. */
 bool cl_operation_granted(const cl_operation *operation, int32_t peer, const cl_frame *frame);
 uint8_t *cl_operation_place(const cl_operation *operation, uint32_t segment, uint32_t step);
-void cl_operation_apply(cl_operation *operation, uint32_t step, uint8_t *place, size_t offset, const void *data, size_t nbytes);
 void cl_operation_step_done(cl_operation *operation, uint32_t segment, uint32_t step);
 void cl_operation_keep(cl_operation *operation, cl_kept *kept);
 /* The frame of a send that was taken from the ready heap, and where its payload lies. */
@@ -276,6 +279,17 @@ const void *cl_operation_frame(cl_operation *operation, uint32_t segment, uint32
 void cl_operation_fail(cl_operation *operation, int status, int32_t blamed, const char *text);
 bool cl_operation_awaits(const cl_operation *operation, int32_t peer);
 void cl_operation_complete(cl_operation *operation, int status);
+
+/* arithmetic.c: what is added, scaled and copied */
+/* My own contribution goes into the output, scaled: the plan works in place there. */
+void cl_operation_contribute(cl_operation *operation, uint32_t segment);
+/* What came for a step, or a part of it, goes to its place. */
+void cl_operation_apply(cl_operation *operation, uint32_t segment, uint32_t step, size_t offset, const void *data,
+                        size_t nbytes);
+/* All that came for a step lies in memory that was lent: true if the result was written there, too, and will be sent from it. */
+bool cl_operation_apply_there(cl_operation *operation, uint32_t segment, uint32_t step, void *data, size_t nbytes);
+/* What of a segment no step has scaled. */
+void cl_operation_scale_rest(cl_operation *operation, uint32_t segment);
 
 /* control.c: the control plane's links */
 void cl_exchange_start(cl_operation *operation);

@@ -226,8 +226,8 @@ static uint8_t *begin_data(cl_engine *engine, cl_peer *peer, int32_t rank, const
         peer->mode = CL_INCOMING_APPLY;
         peer->operation = operation;
         peer->segment = frame->segment;
-        peer->place = cl_operation_place(operation, frame->segment, peer->step);
-        return operation->plan->steps[peer->step].kind == CL_RECV ? peer->place : NULL;
+        bool lands = operation->plan->steps[peer->step].kind == CL_RECV;
+        return lands ? cl_operation_place(operation, frame->segment, peer->step) : NULL;
     }
     if (frame->flags & CL_FLAG_EAGER || (operation != NULL && cl_operation_granted(operation, rank, frame)))
         return begin_keeping(engine, peer, rank, frame);
@@ -240,9 +240,6 @@ static void *on_begin(void *owner, cl_link *link, const cl_frame *frame)
     cl_engine *engine = owner;
     cl_peer *peer = &engine->peers[link->peer];
     peer->mode = CL_INCOMING_DISCARD;
-    if (peer->keeping != NULL) /* the frame before it never ended: a revoked one */
-        cl_kept_free(peer->keeping);
-    peer->keeping = NULL;
     engine->stats.received_nbytes += frame->nbytes;
     if (!is_known(frame->type)) {
         protocol_error(engine, link->peer);
@@ -257,8 +254,11 @@ static void on_piece(void *owner, cl_link *link, const cl_frame *frame, size_t o
 {
     cl_peer *peer = &((cl_engine *)owner)->peers[link->peer];
     (void)frame;
-    if (peer->mode == CL_INCOMING_APPLY)
-        cl_operation_apply(peer->operation, peer->step, peer->place, offset, data, nbytes);
+    if (peer->mode == CL_INCOMING_APPLY && link->lent == CL_LENT &&
+        cl_operation_apply_there(peer->operation, peer->segment, peer->step, (void *)(uintptr_t)data, nbytes))
+        link->lent = CL_LENT_KEPT;
+    else if (peer->mode == CL_INCOMING_APPLY)
+        cl_operation_apply(peer->operation, peer->segment, peer->step, offset, data, nbytes);
     else if (peer->mode == CL_INCOMING_KEEP && data != NULL && peer->keeping->data + offset != data)
         memcpy(peer->keeping->data + offset, data, nbytes);
 }
@@ -363,6 +363,18 @@ static void on_end(void *owner, cl_link *link, const cl_frame *frame)
         cl_kept_free(kept);
 }
 
+/* Its operation fails over there, and word of that follows. What it took of the eager budget comes back all the same. */
+static void on_revoked(void *owner, cl_link *link, const cl_frame *frame)
+{
+    cl_peer *peer = &((cl_engine *)owner)->peers[link->peer];
+    if (peer->keeping != NULL)
+        cl_kept_free(peer->keeping);
+    peer->keeping = NULL;
+    peer->operation = NULL;
+    peer->mode = CL_INCOMING_DISCARD;
+    cl_engine_return_credit(owner, link->peer, frame);
+}
+
 static void on_sent(void *owner, cl_link *link, const cl_frame *frame)
 {
     cl_engine *engine = owner;
@@ -396,4 +408,4 @@ void cl_incoming_drop(cl_engine *engine, const cl_operation *operation)
         }
 }
 
-const cl_sink cl_engine_sink = {on_begin, on_piece, on_end, on_sent, on_lost};
+const cl_sink cl_engine_sink = {on_begin, on_piece, on_end, on_revoked, on_sent, on_lost};

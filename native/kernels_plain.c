@@ -110,18 +110,25 @@ static double maximum(double x, double y)
 
 /* ---- loops ---- */
 
-#define REDUCE(name, type, result)                                                   \
-    static void name(void *acc, const void *in, size_t count) {                      \
+#define REDUCE_TO(name, constness, type, result, also)                               \
+    static void name(void *acc, constness void *in, size_t count) {                  \
         unsigned char *to = acc;                                                     \
-        const unsigned char *from = in;                                              \
+        constness unsigned char *from = in;                                          \
         for (size_t i = 0; i < count * sizeof(type); i += sizeof(type)) {            \
             type x, y;                                                               \
             memcpy(&x, to + i, sizeof x);                                            \
             memcpy(&y, from + i, sizeof y);                                          \
             x = (type)(result);                                                      \
             memcpy(to + i, &x, sizeof x);                                            \
+            also(memcpy(from + i, &x, sizeof x);)                                    \
         }                                                                            \
     }
+#define DO(statement) statement
+#define LEAVE(statement)
+#define MUTABLE
+#define REDUCE(name, type, result)                                                   \
+    REDUCE_TO(name, const, type, result, LEAVE)                                      \
+    REDUCE_TO(name##_both, MUTABLE, type, result, DO)
 
 #define FLOAT_SCALE(name, type, result)                                              \
     static void name(void *out, const void *in, size_t count, double factor) {       \

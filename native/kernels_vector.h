@@ -17,11 +17,14 @@
 
 /* ---- loops ---- */
 
-/* acc = result(x, y), a vector at a time; the end of the array travels in a padded one: no second form. */
-#define REDUCE(name, vector, result)                                                                \
-    KERNEL_TARGET static void name(void *acc, const void *in, size_t count) {                       \
+/*
+ * acc = result(x, y), a vector at a time; the end of the array travels in a padded one: no second form. Every reduction is
+ * there twice: name_both writes what it has into `in` as well, which costs a store and saves a pass over memory.
+ */
+#define REDUCE_TO(name, constness, vector, result, also)                                            \
+    KERNEL_TARGET static void name(void *acc, constness void *in, size_t count) {                   \
         unsigned char *to = acc;                                                                    \
-        const unsigned char *from = in;                                                             \
+        constness unsigned char *from = in;                                                         \
         const size_t nbytes = count * sizeof((vector){0}[0]);                                       \
         size_t i = 0;                                                                               \
         vector x, y;                                                                                \
@@ -30,6 +33,7 @@
             memcpy(&y, from + i, sizeof y);                                                         \
             x = (vector)(result);                                                                   \
             memcpy(to + i, &x, sizeof x);                                                           \
+            also(memcpy(from + i, &x, sizeof x);)                                                   \
         }                                                                                           \
         if (i == nbytes) return;                                                                    \
         x = y = (vector){0};                                                                        \
@@ -37,7 +41,14 @@
         memcpy(&y, from + i, nbytes - i);                                                           \
         x = (vector)(result);                                                                       \
         memcpy(to + i, &x, nbytes - i);                                                             \
+        also(memcpy(from + i, &x, nbytes - i);)                                                     \
     }
+#define DO(statement) statement
+#define LEAVE(statement)
+#define MUTABLE
+#define REDUCE(name, vector, result)                                                                \
+    REDUCE_TO(name, const, vector, result, LEAVE)                                                   \
+    REDUCE_TO(name##_both, MUTABLE, vector, result, DO)
 
 #define FLOAT_SCALE(name, vector, scalar, result)                                                   \
     KERNEL_TARGET static void name(void *out, const void *in, size_t count, double factor) {        \

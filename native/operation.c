@@ -154,7 +154,7 @@ static cl_kept *take_kept(cl_operation *operation, uint32_t s, uint32_t step)
 
 static void use_kept(cl_operation *operation, uint32_t s, uint32_t step, cl_kept *kept)
 {
-    cl_operation_apply(operation, step, cl_operation_place(operation, s, step), 0, kept->data, kept->frame.nbytes);
+    cl_operation_apply(operation, s, step, 0, kept->data, kept->frame.nbytes);
     cl_engine_return_credit(operation->engine, kept->peer, &kept->frame);
     cl_kept_free(kept);
     step_done(operation, s, step);
@@ -197,18 +197,9 @@ static void open_step(cl_operation *operation, uint32_t s, uint32_t step)
 static void finish_segment(cl_operation *operation, uint32_t s)
 {
     cl_segment *segment = &operation->segments[s];
-    const cl_request *r = &operation->request;
     free(segment->waiting);
     segment->waiting = NULL;
-    if (r->postscale != 1.0 && operation->output != NULL) {
-        cl_step whole = {CL_RECV, 0, 0, operation->plan->nchunks};
-        if (r->kind == CL_REDUCESCATTER)
-            whole = (cl_step){CL_RECV, 0, r->my_part, r->my_part + 1};
-        uint64_t first, count;
-        cl_chunks_of(operation, s, &whole, &first, &count);
-        void *data = operation->output + first * cl_dtype_nbytes(r->dtype);
-        operation->engine->kernels->scale[r->dtype](data, data, count, r->postscale);
-    }
+    cl_operation_scale_rest(operation, s);
     operation->segments_done++;
 }
 
@@ -246,26 +237,6 @@ void cl_operation_step_done(cl_operation *operation, uint32_t segment, uint32_t 
 
 /* ---- starting ------------------------------------------------------------------------------------------------ */
 
-/* My own contribution goes into the output, scaled: the plan works in place there. */
-static void contribute(cl_operation *operation, uint32_t s)
-{
-    const cl_request *r = &operation->request;
-    bool reduces = r->kind == CL_ALLREDUCE || r->kind == CL_REDUCESCATTER;
-    if (!reduces || r->input == NULL || operation->output == NULL)
-        return;
-    size_t width = cl_dtype_nbytes(r->dtype);
-    int32_t nchunks = operation->chunk_first == NULL ? 1 : operation->plan->nchunks;
-    for (int32_t c = 0; c < nchunks; c++) {
-        cl_step part = {CL_RECV, 0, c, operation->chunk_first == NULL ? operation->plan->nchunks : c + 1};
-        uint64_t first, count;
-        cl_chunks_of(operation, s, &part, &first, &count);
-        uint8_t *to = operation->output + first * width;
-        const uint8_t *from = (const uint8_t *)r->input + first * width;
-        if (count > 0 && (to != from || r->prescale != 1.0))
-            operation->engine->kernels->scale[r->dtype](to, from, count, r->prescale);
-    }
-}
-
 static int allocate_segment(const cl_operation *operation, cl_segment *segment)
 {
     const cl_plan *plan = operation->plan;
@@ -293,7 +264,7 @@ static void activate(cl_operation *operation, uint32_t s)
     segment->active = true;
     if (operation->started_s < 0)
         operation->started_s = operation->engine->clock(operation->engine->clock_argument);
-    contribute(operation, s);
+    cl_operation_contribute(operation, s);
     for (uint32_t p = 0; p < plan->npeers; p++) /* told by announce() for all open segments at once */
         if (!operation->started)
             segment->granted_in[p] = plan->peers[p].initial_grant;
@@ -470,17 +441,6 @@ bool cl_operation_granted(const cl_operation *operation, int32_t peer, const cl_
            segment->state[plan_peer(operation, p)->recvs[frame->step]] == CL_STEP_WAITING;
 }
 
-void cl_operation_apply(cl_operation *operation, uint32_t step, uint8_t *place, size_t offset, const void *data, size_t nbytes)
-{
-    const cl_request *r = &operation->request;
-    if (place == NULL || data == NULL)
-        return;
-    if (operation->plan->steps[step].kind == CL_RECV_REDUCE)
-        operation->engine->kernels->reduce[r->dtype][r->reduction](place + offset, data, nbytes / cl_dtype_nbytes(r->dtype));
-    else if (place + offset != data)
-        memcpy(place + offset, data, nbytes);
-}
-
 void cl_operation_keep(cl_operation *operation, cl_kept *kept)
 {
     uint32_t step;
@@ -511,6 +471,10 @@ const void *cl_operation_frame(cl_operation *operation, uint32_t segment, uint32
     frame->flags = operation->segments[segment].state[step] == CL_STEP_POSTED_EAGER ? CL_FLAG_EAGER : 0;
     frame->arg = step;
     frame->token = (uint64_t)(uintptr_t)operation;
+    if (operation->plan->answer[step] != 0 && !operation->eager)
+        frame->flags |= CL_FRAME_LENDS;
+    if (operation->segments[segment].kept != NULL && operation->segments[segment].kept_for == step)
+        return operation->segments[segment].kept;
     return cl_operation_place(operation, segment, step);
 }
 
@@ -570,8 +534,7 @@ static void withdraw_sends(cl_operation *operation, uint32_t p)
             peer->eager_used -= step_nbytes(operation, entry->segment, entry->step);
     }
     cl_heap_remove(&peer->ready, operation);
-    if (operation->posted[p] > 0)
-        cl_engine_forget(operation->engine, rank, operation->request.key);
+    cl_engine_forget(operation->engine, rank, operation->request.key);
     peer->posted_nbytes -= operation->posted[p];
     operation->posted[p] = 0;
     cl_engine_touch(operation->engine, rank); /* there is room for others, and no sent() will say so */

@@ -196,6 +196,30 @@ static int find_initial_grants(cl_plan *plan)
     return CL_OK;
 }
 
+static bool answers(const cl_plan *plan, uint32_t first, uint32_t second)
+{
+    const cl_step *a = &plan->steps[first], *b = &plan->steps[second];
+    bool pairs = (a->kind == CL_SEND && b->kind == CL_RECV) || (a->kind == CL_RECV_REDUCE && b->kind == CL_SEND);
+    return pairs && a->peer == b->peer && a->first_chunk == b->first_chunk && a->end_chunk == b->end_chunk &&
+           plan->needs[second] == 1;
+}
+
+static int find_answers(cl_plan *plan)
+{
+    plan->answer = calloc(plan->nsteps + 1, sizeof(uint32_t));
+    plan->last_writer = calloc((size_t)plan->nchunks, sizeof(uint32_t));
+    if (plan->answer == NULL || plan->last_writer == NULL)
+        return CL_NO_MEMORY;
+    for (uint32_t i = 0; i < plan->nsteps; i++) {
+        for (uint32_t d = i == 0 ? 0 : plan->dependents_end[i - 1]; d < plan->dependents_end[i]; d++)
+            if (answers(plan, i, plan->dependents[d]))
+                plan->answer[i] = plan->dependents[d] + 1;
+        for (int32_t c = plan->steps[i].first_chunk; plan->steps[i].kind != CL_SEND && c < plan->steps[i].end_chunk; c++)
+            plan->last_writer[c] = i + 1;
+    }
+    return CL_OK;
+}
+
 static bool valid(const cl_step *step, int32_t nchunks, int32_t inputs)
 {
     bool reads_only = step->kind == CL_SEND;
@@ -229,6 +253,8 @@ int cl_plan_new(const cl_step *steps, size_t nsteps, int32_t nchunks, int32_t in
         status = infer_dependencies(plan);
     if (status == CL_OK)
         status = find_initial_grants(plan);
+    if (status == CL_OK)
+        status = find_answers(plan);
     if (status != CL_OK) {
         cl_plan_free(plan);
         return status;
@@ -251,6 +277,8 @@ void cl_plan_free(cl_plan *plan)
         free(plan->peers[p].recvs);
     }
     free(plan->peers);
+    free(plan->last_writer);
+    free(plan->answer);
     free(plan->dependents);
     free(plan->dependents_end);
     free(plan->needs);

@@ -157,6 +157,16 @@ int cl_reduce_with(int index, int32_t dtype, int32_t reduction, void *acc, const
     return reduce_with(kernel_sets[index], dtype, reduction, acc, in, count);
 }
 
+int cl_reduce_both_with(int index, int32_t dtype, int32_t reduction, void *acc, void *in, size_t count)
+{
+    if (!cl_kernels_supported(index) || !is_dtype(dtype) || reduction < 0 || reduction >= CL_REDUCTION_END)
+        return CL_INVALID;
+    const uint64_t mode = cl_float_mode_enter();
+    kernel_sets[index]->reduce_both[dtype][reduction](acc, in, count);
+    cl_float_mode_restore(mode);
+    return CL_OK;
+}
+
 int cl_scale_with(int index, int32_t dtype, void *out, const void *in, size_t count, double factor)
 {
     if (!cl_kernels_supported(index))

@@ -22,12 +22,14 @@
 #include "commlib.h"
 
 typedef void (*cl_reduce_kernel)(void *acc, const void *in, size_t count);
+typedef void (*cl_reduce_both_kernel)(void *acc, void *in, size_t count);
 typedef void (*cl_scale_kernel)(void *out, const void *in, size_t count, double factor);
 
 typedef struct {
     const char *name;
     int (*supported)(void); /* by this processor and its operating system */
     cl_reduce_kernel reduce[CL_DTYPE_END][CL_REDUCTION_END];
+    cl_reduce_both_kernel reduce_both[CL_DTYPE_END][CL_REDUCTION_END]; /* what acc gets, `in` gets too */
     cl_scale_kernel scale[CL_DTYPE_END]; /* an exact copy when factor is 1: also of int64 beyond 2^53 and of NaN bits */
 } cl_kernels;
 

@@ -3,17 +3,21 @@
  *
  * Every rank owns one anonymous memory (shm.h), with one ring per peer, which it writes and the peer reads. A ring is a
  * stream of frames, each followed by its payload padded to 64 bytes; the reader adds straight out of the ring. Positions
- * only grow; each is written by one side. Payload that already lies in shared memory is not copied: a reference to it
- * follows the frame, and the reader adds straight out of the sender's array.
+ * only grow; each is written by one side. Payload that already lies in shared memory is not copied: a reference to it goes
+ * with the frame, and the reader adds straight out of the sender's array. Private payload that is lent (CL_FRAME_LENDS) is
+ * copied to a stage and goes by reference as well: the reader writes its answer there, or into the sender's array, and
+ * sends back a reference into the memory of the rank that it goes to (decision 0007).
  *
  * Sleeping: a rank that is about to block sets its flag, then looks once more; who finds the flag set after publishing
  * takes it down and rings the doorbell. The two orders are sequentially consistent, so one of the two always sees the other.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "shm.h"
@@ -23,16 +27,13 @@ enum {
     PART_NBYTES = 32 * 1024,
     /* Payload that lies in the shared heap goes by reference from this size on; below, a copy costs less than the wait. */
     REFERENCE_NBYTES = 4096,
-    MAX_REFERENCES = 64 /* by reference and not yet read, per link */
+    /* A stage is read when it is full, the ring as it fills: for less than a few parts the ring is faster. */
+    LEAST_STAGED_NBYTES = 2 * PART_NBYTES,
+    NO_STAGE = -1
 };
 
-/* What stands in the ring behind the header of a frame whose payload goes by reference. */
-typedef struct {
-    uint64_t offset;    /* of the payload in the sender's memory */
-    atomic_int revoked; /* the sender wants its memory back: what was read of it is worthless */
-} reference;
-
-_Static_assert(sizeof(reference) <= CL_LINE, "a reference takes one line");
+/* Where a frame's payload lies. */
+enum { PATH_RING = 0, PATH_SENDER, PATH_READER };
 
 typedef struct {
     cl_ring_header *header;
@@ -43,29 +44,33 @@ typedef struct {
 
 typedef struct {
     cl_link base;
-    const struct cl_shm *shm; /* ours: the engine frees it after its links */
+    struct cl_shm *shm; /* ours: the engine frees it after its links */
     uint8_t *peer_memory;
     size_t peer_nbytes;
     atomic_int *peer_sleeping;
     int peer_doorbell, peer_pidfd;
+    uint32_t lost_ms;
     ring out, in;
-    bool refused;        /* a frame found no room */
+    bool refused;        /* a frame found no room, */
+    bool unstaged;       /* or no stage */
     bool ended;          /* the peer has closed its ring, and all that was in it is read */
     bool sending;        /* a frame is partly in the ring */
-    bool broken;         /* half a frame is in the ring, and the rest is gone */
+    const char *broken;  /* why this link cannot go on */
     cl_frame out_frame;
     const uint8_t *out_payload;
     uint8_t *out_copy;   /* owned: what forget() saved */
     size_t out_offset;
     struct {
         cl_frame frame;
-        reference *place; /* in the ring, until the reader has passed `end` */
-        uint64_t end;
+        uint64_t end; /* the reader is done with it when it has passed this position */
+        int stage;    /* whose sent() was called at once; or NO_STAGE */
         bool forgotten;
-    } references[MAX_REFERENCES];
+    } references[CL_REFERENCES];
     uint32_t first_reference, nreferences;
+    uint32_t in_references; /* read so far */
     bool receiving;
     cl_frame in_frame;
+    uint16_t in_path;
     size_t in_offset;
 } shm_link;
 
@@ -144,34 +149,104 @@ static int write_payload(shm_link *link)
     return parts;
 }
 
-static bool in_heap(const shm_link *link, const void *payload, size_t nbytes)
+static bool lies_in(const void *payload, size_t nbytes, const uint8_t *memory, size_t first, size_t end)
 {
-    uintptr_t at = (uintptr_t)payload, memory = (uintptr_t)link->shm->memory;
-    return at >= memory + link->shm->heap_offset && at + nbytes <= memory + link->shm->nbytes;
+    uintptr_t at = (uintptr_t)payload, base = (uintptr_t)memory;
+    return at >= base + first && at + nbytes <= base + end;
+}
+
+static bool takes_reference(shm_link *link)
+{
+    return link->nreferences < CL_REFERENCES && room(&link->out) >= CL_LINE;
+}
+
+static void write_header(shm_link *link, const cl_frame *frame, uint16_t path)
+{
+    uint8_t *header = link->out.data + (link->out.head & link->out.mask);
+    memcpy(header, frame, sizeof *frame);
+    ((cl_frame *)header)->path = path;
+    publish(&link->out, CL_LINE);
 }
 
 /* The reader takes the payload from where it lies; `sent` follows when it has. */
-static int send_reference(shm_link *link, const cl_frame *frame, const void *payload)
+static int send_reference(shm_link *link, const cl_frame *frame, uint16_t path, uint64_t offset, int stage)
 {
-    if (link->nreferences == MAX_REFERENCES || room(&link->out) < 2 * CL_LINE) {
-        link->refused = true;
-        return CL_AGAIN;
-    }
-    uint8_t *header = link->out.data + (link->out.head & link->out.mask);
-    reference *place = (reference *)(link->out.data + ((link->out.head + CL_LINE) & link->out.mask));
-    memcpy(header, frame, sizeof *frame);
-    ((cl_frame *)header)->reserved = 1;
-    place->offset = (uint64_t)((const uint8_t *)payload - link->shm->memory);
-    atomic_init(&place->revoked, 0);
-    publish(&link->out, 2 * CL_LINE);
-    uint32_t slot = (link->first_reference + link->nreferences++) % MAX_REFERENCES;
+    uint32_t slot = (link->first_reference + link->nreferences++) % CL_REFERENCES;
+    cl_reference *reference = &link->out.header->references[slot];
+    reference->offset = offset;
+    atomic_store_explicit(&reference->state, 0, memory_order_relaxed); /* published with the header */
+    write_header(link, frame, path);
     link->references[slot].frame = *frame;
-    link->references[slot].place = place;
     link->references[slot].end = link->out.head;
+    link->references[slot].stage = stage;
     link->references[slot].forgotten = false;
     wake_peer(link);
     return CL_OK;
 }
+
+/* ---- stages -------------------------------------------------------------------------------------------------- */
+
+static int free_stage(const shm_link *link)
+{
+    for (int i = 0; i < CL_STAGES; i++)
+        if (link->shm->stages[i].link == NULL)
+            return i;
+    return NO_STAGE;
+}
+
+/* The peer has nothing more to read, so nothing that it could do would free a stage of ours. */
+static bool is_drained(shm_link *link)
+{
+    link->out.tail = atomic_load_explicit(&link->out.header->tail, memory_order_acquire);
+    return link->out.head == link->out.tail && link->nreferences == 0;
+}
+
+static int send_staged(shm_link *link, const cl_frame *frame, const void *payload, int i)
+{
+    cl_stage *stage = &link->shm->stages[i];
+    size_t offset = link->shm->stages_offset + (size_t)i * CL_STAGE_NBYTES;
+    memcpy(link->shm->memory + offset, payload, frame->nbytes);
+    *stage = (cl_stage){.link = link, .key = frame->key, .unread = true};
+    (void)send_reference(link, frame, PATH_SENDER, offset, i);
+    link->base.sink->sent(link->base.owner, &link->base, frame);
+    return CL_OK;
+}
+
+/* The peer has read what was staged, and will answer from there or not. */
+static void stage_was_read(cl_stage *stage, bool kept)
+{
+    stage->unread = false;
+    if (!kept || stage->returned)
+        stage->link = NULL;
+}
+
+/* An answer was taken out of a stage of ours, if that is where it lay. */
+static void stage_came_back(shm_link *link, uint64_t offset)
+{
+    if (offset < link->shm->stages_offset || offset >= link->shm->heap_offset)
+        return;
+    cl_stage *stage = &link->shm->stages[(offset - link->shm->stages_offset) / CL_STAGE_NBYTES];
+    if (stage->link != link)
+        return; /* forgotten meanwhile */
+    stage->returned = true;
+    if (!stage->unread)
+        stage->link = NULL;
+}
+
+/* No answers will come for this key, or for any. */
+static void free_stages(shm_link *link, const uint64_t *key)
+{
+    for (int i = 0; i < CL_STAGES; i++) {
+        cl_stage *stage = &link->shm->stages[i];
+        if (stage->link != link || (key != NULL && stage->key != *key))
+            continue;
+        stage->returned = true;
+        if (!stage->unread || key == NULL)
+            stage->link = NULL;
+    }
+}
+
+/* ---- sending ------------------------------------------------------------------------------------------------- */
 
 /* Reports the references that the reader has passed. Returns how many. */
 static int finish_references(shm_link *link)
@@ -181,30 +256,33 @@ static int finish_references(shm_link *link)
         return 0;
     link->out.tail = atomic_load_explicit(&link->out.header->tail, memory_order_acquire);
     while (link->nreferences > 0 && link->references[link->first_reference].end <= link->out.tail) {
-        cl_frame frame = link->references[link->first_reference].frame;
-        bool forgotten = link->references[link->first_reference].forgotten;
-        link->first_reference = (link->first_reference + 1) % MAX_REFERENCES;
+        uint32_t slot = link->first_reference;
+        cl_frame frame = link->references[slot].frame;
+        bool told = link->references[slot].forgotten;
+        int state = atomic_load_explicit(&link->out.header->references[slot].state, memory_order_relaxed);
+        if (link->references[slot].stage != NO_STAGE) {
+            stage_was_read(&link->shm->stages[link->references[slot].stage], (state & CL_REFERENCE_KEPT) != 0);
+            told = true;
+        }
+        link->first_reference = (slot + 1) % CL_REFERENCES;
         link->nreferences--;
         finished++;
-        if (!forgotten)
+        if (!told)
             link->base.sink->sent(link->base.owner, &link->base, &frame);
     }
     return finished;
 }
 
-static int shm_send(cl_link *base, const cl_frame *frame, const void *payload)
+static int refuse(shm_link *link, bool for_a_stage)
 {
-    shm_link *link = (shm_link *)base;
-    if (frame->nbytes >= REFERENCE_NBYTES && !link->sending && !link->broken && in_heap(link, payload, frame->nbytes))
-        return send_reference(link, frame, payload);
-    if (link->sending || link->broken || room(&link->out) < CL_LINE) {
-        link->refused = true;
-        return CL_AGAIN;
-    }
-    uint8_t *header = link->out.data + (link->out.head & link->out.mask);
-    memcpy(header, frame, sizeof *frame);
-    ((cl_frame *)header)->reserved = 0;
-    publish(&link->out, CL_LINE);
+    link->refused = true;
+    link->unstaged = for_a_stage;
+    return CL_AGAIN;
+}
+
+static int send_copy(shm_link *link, const cl_frame *frame, const void *payload)
+{
+    write_header(link, frame, PATH_RING);
     if (frame->nbytes > 0) {
         link->sending = true;
         link->out_frame = *frame;
@@ -214,6 +292,26 @@ static int shm_send(cl_link *base, const cl_frame *frame, const void *payload)
     }
     wake_peer(link);
     return CL_OK;
+}
+
+static int shm_send(cl_link *base, const cl_frame *frame, const void *payload)
+{
+    shm_link *link = (shm_link *)base;
+    struct cl_shm *shm = link->shm;
+    size_t nbytes = frame->nbytes;
+    if (link->sending || link->broken || !takes_reference(link))
+        return refuse(link, false);
+    if (nbytes > 0 && lies_in(payload, nbytes, link->peer_memory, 0, link->peer_nbytes))
+        return send_reference(link, frame, PATH_READER, (uint64_t)((const uint8_t *)payload - link->peer_memory), NO_STAGE);
+    if (nbytes >= REFERENCE_NBYTES && lies_in(payload, nbytes, shm->memory, shm->heap_offset, shm->nbytes))
+        return send_reference(link, frame, PATH_SENDER, (uint64_t)((const uint8_t *)payload - shm->memory), NO_STAGE);
+    if (!(frame->flags & CL_FRAME_LENDS) || nbytes < LEAST_STAGED_NBYTES || nbytes > CL_STAGE_NBYTES)
+        return send_copy(link, frame, payload);
+    int stage = free_stage(link);
+    if (stage != NO_STAGE)
+        return send_staged(link, frame, payload, stage);
+    /* Answers will free stages; but those may have to wait for this very frame, so it does not wait for them for ever. */
+    return is_drained(link) ? send_copy(link, frame, payload) : refuse(link, true);
 }
 
 /* ---- reading ------------------------------------------------------------------------------------------------- */
@@ -227,7 +325,10 @@ static void consume(ring *r, size_t nbytes)
 static void read_frame(shm_link *link)
 {
     memcpy(&link->in_frame, link->in.data + (link->in.tail & link->in.mask), sizeof link->in_frame);
-    consume(&link->in, CL_LINE);
+    link->in_path = link->in_frame.path;
+    link->in_frame.path = 0;
+    if (link->in_path == PATH_RING) /* else its end tells the sender that the payload was read */
+        consume(&link->in, CL_LINE);
     link->receiving = true;
     link->in_offset = 0;
     (void)link->base.sink->begin(link->base.owner, &link->base, &link->in_frame); /* pieces are taken from the ring */
@@ -256,21 +357,40 @@ static bool read_payload(shm_link *link)
     return true;
 }
 
+/* Where it lies, or NULL: not inside the memory that it is said to lie in. */
+static uint8_t *referenced(const shm_link *link, uint64_t offset)
+{
+    bool ours = link->in_path == PATH_READER;
+    size_t nbytes = ours ? link->shm->nbytes : link->peer_nbytes;
+    uint8_t *memory = ours ? link->shm->memory : link->peer_memory;
+    return offset <= nbytes && link->in_frame.nbytes <= nbytes - offset ? memory + offset : NULL;
+}
+
 /*
- * The payload is read where it lies in the peer's memory. If the peer wanted it back meanwhile, the frame is never ended:
- * the operation is failing over there, and word of it follows. The exchange keeps the reads before it.
+ * The payload is read where it lies, and written if it was lent. If the sender wanted it back meanwhile, the frame never
+ * ends: the operation is failing over there, and word of it follows. The exchanges keep the reads between them.
  */
 static bool read_reference(shm_link *link)
 {
-    reference *place = (reference *)(link->in.data + (link->in.tail & link->in.mask));
-    size_t nbytes = link->in_frame.nbytes;
-    bool sound = place->offset <= link->peer_nbytes && nbytes <= link->peer_nbytes - place->offset;
-    if (sound && !atomic_load(&place->revoked))
-        link->base.sink->piece(link->base.owner, &link->base, &link->in_frame, 0, link->peer_memory + place->offset, nbytes);
-    bool whole = sound && !atomic_fetch_or(&place->revoked, 0);
-    link->in_offset = nbytes;
-    consume(&link->in, CL_LINE);
-    return whole;
+    cl_reference *reference = &link->in.header->references[link->in_references++ % CL_REFERENCES];
+    bool lends = (link->in_frame.flags & CL_FRAME_LENDS) && link->in_path == PATH_SENDER;
+    uint64_t offset = reference->offset;
+    uint8_t *data = referenced(link, offset);
+    link->in_offset = link->in_frame.nbytes;
+    if (data == NULL) {
+        link->broken = "it broke the protocol (is it another version of commlib?)";
+        return false;
+    }
+    int before = lends ? atomic_fetch_or(&reference->state, CL_REFERENCE_BUSY) : atomic_load(&reference->state);
+    link->base.lent = lends ? CL_LENT : CL_NOT_LENT;
+    if (!(before & CL_REFERENCE_REVOKED))
+        link->base.sink->piece(link->base.owner, &link->base, &link->in_frame, 0, data, link->in_frame.nbytes);
+    int kept = link->base.lent == CL_LENT_KEPT ? CL_REFERENCE_KEPT : 0;
+    link->base.lent = CL_NOT_LENT;
+    int after = atomic_fetch_xor(&reference->state, (lends ? CL_REFERENCE_BUSY : 0) | kept);
+    if (link->in_path == PATH_READER)
+        stage_came_back(link, offset);
+    return !(after & CL_REFERENCE_REVOKED);
 }
 
 /* One frame at most is finished per call, so that a busy peer does not starve the others. */
@@ -285,15 +405,17 @@ static int read_some(shm_link *link)
         events++;
     }
     bool whole = true;
-    if (link->in_frame.reserved && link->in_frame.nbytes > 0)
+    if (link->in_path != PATH_RING) {
         whole = read_reference(link);
+        consume(&link->in, CL_LINE);
+    }
     while (link->in_offset < link->in_frame.nbytes && read_payload(link))
         events++;
     if (link->in_offset == link->in_frame.nbytes) {
         link->receiving = false;
-        if (!whole)
+        if (link->broken)
             return events;
-        link->base.sink->end(link->base.owner, &link->base, &link->in_frame);
+        (whole ? link->base.sink->end : link->base.sink->revoked)(link->base.owner, &link->base, &link->in_frame);
     }
     return events;
 }
@@ -308,7 +430,8 @@ static void close_ring(shm_link *link)
 /* Room for a frame of any kind, so that what was refused may be offered again. */
 static bool takes_again(shm_link *link)
 {
-    return !link->sending && link->nreferences < MAX_REFERENCES && room(&link->out) >= 2 * CL_LINE;
+    bool stages = !link->unstaged || free_stage(link) != NO_STAGE || is_drained(link);
+    return !link->sending && takes_reference(link) && stages;
 }
 
 static int shm_progress(cl_link *base)
@@ -324,7 +447,7 @@ static int shm_progress(cl_link *base)
     if (link->broken) {
         link->ended = true;
         close_ring(link); /* the peer must not wait for the rest */
-        base->sink->lost(base->owner, base, "out of memory for the rest of a message");
+        base->sink->lost(base->owner, base, link->broken);
         return 1;
     }
     int written = link->sending ? write_payload(link) : 0;
@@ -382,13 +505,35 @@ int cl_shm_pidfd(const cl_link *link)
 
 /* ---- ends ---------------------------------------------------------------------------------------------------- */
 
+static bool is_dead(const shm_link *link)
+{
+    struct pollfd process = {.fd = link->peer_pidfd, .events = POLLIN};
+    return link->peer_pidfd >= 0 && poll(&process, 1, 0) > 0;
+}
+
+/*
+ * The peer is in the midst of adding to this payload: a matter of microseconds, unless it is not scheduled. A dead one
+ * writes no more. One that is stopped right here for longer than a link may be silent might still write a part of the
+ * payload later, into an array whose operation has failed: the lesser evil than to stop with it.
+ */
+static void wait_for_writer(const shm_link *link, const cl_reference *reference)
+{
+    const struct timespec pause = {0, 50000};
+    uint64_t pauses = UINT64_C(20) * link->lost_ms;
+    while ((atomic_load(&reference->state) & CL_REFERENCE_BUSY) && pauses-- > 0 && !is_dead(link))
+        nanosleep(&pause, NULL);
+}
+
 static void revoke_references(shm_link *link, uint64_t key)
 {
     for (uint32_t i = 0; i < link->nreferences; i++) {
-        uint32_t slot = (link->first_reference + i) % MAX_REFERENCES;
-        if (link->references[slot].frame.key != key)
-            continue;
-        atomic_store(&link->references[slot].place->revoked, 1);
+        uint32_t slot = (link->first_reference + i) % CL_REFERENCES;
+        if (link->references[slot].frame.key != key || link->references[slot].stage != NO_STAGE)
+            continue; /* what is staged is a copy, and goes on */
+        cl_reference *reference = &link->out.header->references[slot];
+        int before = atomic_fetch_or(&reference->state, CL_REFERENCE_REVOKED);
+        if (before & CL_REFERENCE_BUSY)
+            wait_for_writer(link, reference);
         link->references[slot].forgotten = true;
     }
 }
@@ -397,13 +542,14 @@ static void shm_forget(cl_link *base, uint64_t key)
 {
     shm_link *link = (shm_link *)base;
     revoke_references(link, key);
+    free_stages(link, &key);
     if (!link->sending || link->out_copy != NULL || link->out_frame.key != key)
         return;
     size_t left = link->out_frame.nbytes - link->out_offset;
     link->out_copy = malloc(left);
     if (link->out_copy == NULL) {
         link->sending = false;
-        link->broken = true; /* told by progress: the caller is in the middle of something */
+        link->broken = "out of memory for the rest of a message"; /* told by progress: the caller is busy */
         return;
     }
     memcpy(link->out_copy, link->out_payload + link->out_offset, left);
@@ -430,6 +576,7 @@ static void shm_close(cl_link *base)
 {
     shm_link *link = (shm_link *)base;
     close_ring(link);
+    free_stages(link, NULL);
     close_descriptors(link);
     munmap(link->peer_memory, link->peer_nbytes);
     free(link->out_copy);
@@ -468,6 +615,7 @@ static int attach(cl_engine *engine, shm_link *link, int32_t peer, int memfd, in
         return CL_INVALID;
     link->peer_nbytes = (size_t)length;
     link->shm = engine->shm;
+    link->lost_ms = engine->settings.lost_ms;
     link->peer_memory = cl_shm_map(memfd, link->peer_nbytes, link->peer_nbytes);
     if (link->peer_memory == NULL)
         return CL_NO_MEMORY;

@@ -118,7 +118,8 @@ int cl_shm_create(cl_engine *engine, int32_t npeers, int *memfd, int *doorbell)
         return CL_NO_MEMORY;
     shm->references = 1;
     shm->owner_pid = getpid();
-    shm->heap_offset = cl_shm_slot_offset(engine, npeers);
+    shm->stages_offset = cl_shm_slot_offset(engine, npeers);
+    shm->heap_offset = shm->stages_offset + (size_t)CL_STAGES * CL_STAGE_NBYTES;
     shm->memfd = shm->doorbell = -1;
     pthread_mutex_init(&shm->heap_lock, NULL);
     engine->shm = shm;

@@ -27,8 +27,8 @@ typedef struct {
 typedef struct {
     uint64_t key;
     uint8_t type;  /* cl_frame_type, the engine's business */
-    uint8_t flags;
-    uint16_t reserved;
+    uint8_t flags; /* the engine's business, but for CL_FRAME_LENDS */
+    uint16_t path; /* the transport's business */
     uint32_t segment;
     uint32_t step;
     uint32_t nbytes; /* payload that follows */
@@ -39,6 +39,19 @@ typedef struct {
 
 _Static_assert(sizeof(cl_meta) == 24, "cl_meta has padding");
 _Static_assert(sizeof(cl_frame) == 64, "a frame is one cache line");
+
+/*
+ * A flag: until the answer to this frame has come, its receiver may write into the payload where it lies, if the transport
+ * can offer that (cl_link.lent). The answer is then sent from there: both sides see the same memory, so it does not move.
+ */
+enum { CL_FRAME_LENDS = 0x80 };
+
+/* What cl_link.lent says during piece(). */
+typedef enum {
+    CL_NOT_LENT = 0,
+    CL_LENT,      /* the whole payload lies at `data`, and may be written: it was sent with CL_FRAME_LENDS */
+    CL_LENT_KEPT  /* set by the sink: it has, and will send from there, to the same peer, once */
+} cl_lent;
 
 typedef struct cl_link cl_link;
 
@@ -56,6 +69,8 @@ typedef struct {
     void (*piece)(void *owner, cl_link *link, const cl_frame *frame, size_t offset, const void *data, size_t nbytes);
     /* The whole frame has come. */
     void (*end)(void *owner, cl_link *link, const cl_frame *frame);
+    /* The sender took its payload back: what was read of it is worthless, and the frame never ends. */
+    void (*revoked)(void *owner, cl_link *link, const cl_frame *frame);
     /* A frame with payload was sent: its memory is the caller's again. May be called inside send. */
     void (*sent)(void *owner, cl_link *link, const cl_frame *frame);
     /* The peer is gone; `reason` is a sentence without the rank. Called at most once per link; nothing comes after it. */
@@ -84,7 +99,8 @@ typedef struct {
     /*
      * Stops touching the caller's memory for frames of this key: unsent frames are finished from a private copy (the
      * stream of frames stays whole), and a direct place given by begin for a frame now coming in is given up (the rest
-     * of that frame is handed over in pieces). sent() is not called for them.
+     * of that frame is handed over in pieces). sent() is not called for them. A peer that is writing into memory that was
+     * lent to it is waited for: it is in the midst of one piece.
      */
     void (*forget)(cl_link *link, uint64_t key);
     /* Bytes accepted and not yet given to the peer or the kernel: 0 means flushed. */
@@ -103,6 +119,7 @@ struct cl_link {
     const cl_sink *sink;
     void *owner;
     int32_t peer;
+    cl_lent lent;           /* of the piece that is being handed over */
     uint64_t window_nbytes; /* as much may be posted at once if it is more than settings.inflight_nbytes */
 };
 

@@ -34,6 +34,9 @@ def drop(index):
 
 
 BROKEN = {
+    "a result is overwritten by one that nobody has scaled": (
+        "allreduce", plans_of(1, [send(1, 0, 1), recv_reduce(1, 0, 1), send(1, 0, 1), recv(1, 0, 1)],
+                              [send(0, 0, 1), recv_reduce(0, 0, 1), recv(0, 0, 1), send(0, 0, 1)]), "unscaled"),
     "a step is missing": (
         "allreduce", edited("allreduce", "ring", 4, 2, drop(-1)), "no matching receive"),
     "a step is there twice": (

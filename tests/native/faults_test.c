@@ -155,7 +155,8 @@ static void test_fork(world (*make)(int32_t, const cl_settings *))
 typedef struct {
     cl_link base;
     cl_frame sent[64];
-    int nsent, nforgotten;
+    int nsent;
+    uint64_t forgotten; /* a bit per key */
 } played;
 
 static int played_send(cl_link *link, const cl_frame *frame, const void *payload)
@@ -175,8 +176,7 @@ static int played_progress(cl_link *link)
 
 static void played_forget(cl_link *link, uint64_t key)
 {
-    (void)key;
-    ((played *)link)->nforgotten++;
+    ((played *)link)->forgotten |= UINT64_C(1) << key % 64;
 }
 
 static size_t played_pending(const cl_link *link)
@@ -281,9 +281,25 @@ static void test_failure_returns_budget(void)
     cl_engine_flush(s.engine);
     CHECK(s.engine->early.count == 0 && count_sent(&s, CL_FRAME_CREDIT, 40000) == 1);
     cl_control_fail_everywhere(first, CL_SYSTEM, 0, "the test says so");
-    CHECK(s.link.nforgotten == 1); /* its payload was on the link */
+    CHECK(s.link.forgotten & 1 << 5); /* its payload was on the link */
     check_status(first, CL_SYSTEM);
     check_status(second, CL_SYSTEM);
+    clear_scene(&s);
+}
+
+/* An eager message whose sender takes it back while it comes in. */
+static void test_revoked_message_returns_budget(void)
+{
+    static uint8_t payload[1 << 16];
+    scene s;
+    set_scene(&s, 1 << 20);
+    cl_frame frame = {.key = 5, .type = CL_FRAME_DATA, .flags = CL_FLAG_EAGER, .nbytes = 40000};
+    begin(&s, &frame);
+    cl_engine_sink.piece(s.engine, &s.link.base, &frame, 0, payload, frame.nbytes);
+    cl_engine_sink.revoked(s.engine, &s.link.base, &frame);
+    cl_engine_flush(s.engine);
+    CHECK(s.engine->early.count == 0 && s.engine->peers[1].keeping == NULL);
+    CHECK(count_sent(&s, CL_FRAME_CREDIT, 40000) == 1);
     clear_scene(&s);
 }
 
@@ -479,6 +495,7 @@ static const struct {
     {"fork, tcp", test_fork_tcp},
     {"failure while a frame is half in", test_failure_while_a_frame_is_half_in},
     {"failure returns budget", test_failure_returns_budget},
+    {"revoked message returns budget", test_revoked_message_returns_budget},
     {"very late data", test_very_late_data},
     {"an eager message without a place", test_eager_message_without_a_place},
     {"wrong requests", test_wrong_requests},

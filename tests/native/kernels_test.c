@@ -79,6 +79,29 @@ static int check_reduce(int set, int plain, int32_t dtype, size_t count, size_t 
     return failures;
 }
 
+/* Both places get what the plain set's ordinary form gives to one; its own form of this is held to that, too. */
+static int check_reduce_both(int set, int plain, int32_t dtype, size_t count, size_t skew, uint64_t *random)
+{
+    int failures = 0;
+    const size_t nbytes = count * cl_dtype_nbytes(dtype);
+    unsigned char before[BUFFER_NBYTES];
+    buffers b;
+    for (int32_t reduction = 0; reduction < CL_REDUCTION_END; reduction++) {
+        fill(b.acc, skew, cl_dtype_nbytes(dtype), random);
+        fill(b.in, MARGIN - skew, cl_dtype_nbytes(dtype), random);
+        memcpy(b.expected, b.acc, BUFFER_NBYTES);
+        memcpy(before, b.in, BUFFER_NBYTES);
+        failures += cl_reduce_with(plain, dtype, reduction, b.expected + skew, b.in + MARGIN - skew, count) != CL_OK;
+        failures += cl_reduce_both_with(set, dtype, reduction, b.acc + skew, b.in + MARGIN - skew, count) != CL_OK;
+        failures += differs(&b, cl_kernels_name(set), "reduce both", dtype, reduction, count);
+        memcpy(before + MARGIN - skew, b.acc + skew, nbytes);
+        memcpy(b.acc, b.in, BUFFER_NBYTES);
+        memcpy(b.expected, before, BUFFER_NBYTES);
+        failures += differs(&b, cl_kernels_name(set), "reduce both, second place", dtype, reduction, count);
+    }
+    return failures;
+}
+
 static int check_scale(int set, int plain, int32_t dtype, size_t count, size_t skew, uint64_t *random)
 {
     int failures = 0;
@@ -103,6 +126,7 @@ static int check_set(int set, int plain, uint64_t *random)
         for (size_t count = 0; count <= LONGEST && failures < 20; count++) {
             const size_t skew = count % (MARGIN + 1); /* every alignment, within the margin */
             failures += check_reduce(set, plain, dtype, count, skew, random);
+            failures += check_reduce_both(set, plain, dtype, count, skew, random);
             failures += check_scale(set, plain, dtype, count, skew, random);
         }
     return failures;

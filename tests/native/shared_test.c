@@ -1,6 +1,7 @@
 /* shared_test.c: arrays in memory that all ranks of a host map: lent out, summed without copies, taken back at any time. */
 #define _GNU_SOURCE
 #include <string.h>
+#include <time.h>
 
 #include "world.h"
 
@@ -49,7 +50,18 @@ static uint64_t count_of(uint64_t seed, uint32_t number)
 {
     uint64_t random = seed * 131 + number * 17 + 3;
     next_random(&random);
-    return 1 + next_random(&random) % 40000;
+    return 1 + next_random(&random) % (number % 5 == 0 ? 150000 : 40000);
+}
+
+/* All ways to a result, of which some write it into the sender's memory: what it is scaled with, and by which plan. */
+static void vary(const rank_arguments *a, uint32_t n, cl_request *request)
+{
+    cl_plan *plans[] = {a->w->ring[a->rank], a->w->direct[a->rank], a->w->exchange[a->rank], a->w->halving[a->rank]};
+    if (plans[n % 4] != NULL)
+        request->plan = plans[n % 4];
+    request->segment_count = n % 3 == 0 ? 50000 : n % 3 == 1 ? 8192 : 0;
+    request->priority = n % 5;
+    request->postscale = 1 + n % 2;
 }
 
 /* Sums of arrays of which every rank has some in shared and some in private memory, all in flight at once. */
@@ -70,17 +82,14 @@ static void *sums(void *argument)
         for (uint64_t k = 0; k < count; k++)
             data[n][k] = (int32_t)(n + k) + a->rank;
         cl_request request = sum_request(a->w, a->rank, a->seed * 1000 + n, data[n], count);
-        request.segment_count = n % 2 == 0 ? 8192 : 0;
-        request.priority = n % 5;
-        if (n % 4 == 0 && a->w->exchange[a->rank] != NULL)
-            request.plan = a->w->exchange[a->rank];
+        vary(a, n, &request);
         CHECK(cl_submit(a->w->engines[a->rank], &request, &operations[n]) == CL_OK);
     }
     for (uint32_t n = 0; n < OPERATIONS; n++) {
         wait_for(operations[n], CL_OK);
         int32_t size = a->w->size;
         for (uint64_t k = 0; k < count_of(a->seed, n); k++)
-            CHECK(data[n][k] == size * (int32_t)(n + k) + size * (size - 1) / 2);
+            CHECK(data[n][k] == (int32_t)(1 + n % 2) * (size * (int32_t)(n + k) + size * (size - 1) / 2));
         cl_operation_release(operations[n]);
         if (blocks[n] == NULL)
             free(data[n]);
@@ -107,6 +116,9 @@ static void *leaving(void *argument)
         (void)cl_operation_wait(operation, (int32_t)(a->seed % 3));
         CHECK(cl_engine_shutdown(a->w->engines[0], 1000) == CL_OK);
         memset(data, 0xff, COUNT * sizeof(int32_t));
+        nanosleep(&(struct timespec){0, 3000000}, NULL); /* whoever still wrote into it would be seen */
+        for (int32_t k = 0; k < COUNT; k++)
+            CHECK(data[k] == -1);
     } else {
         int status;
         while ((status = cl_operation_wait(operation, 100)) == CL_AGAIN)

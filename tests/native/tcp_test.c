@@ -64,7 +64,7 @@ static void on_lost(void *owner, cl_link *link, const char *reason)
     snprintf(f->reason, sizeof f->reason, "%s", reason);
 }
 
-static const cl_sink sink = {on_begin, on_piece, on_end, on_sent, on_lost};
+static const cl_sink sink = {on_begin, on_piece, on_end, NULL, on_sent, on_lost};
 
 static int tiny_socket(void)
 {

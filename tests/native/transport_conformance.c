@@ -171,6 +171,12 @@ static void on_end(void *owner, cl_link *link, const cl_frame *frame)
     s->received++;
 }
 
+static void on_revoked(void *owner, cl_link *link, const cl_frame *frame)
+{
+    (void)link, (void)frame;
+    EXPECT(false, "frame %u is revoked: its payload was the transport's own by then", ((side *)owner)->received);
+}
+
 static void forget_outgoing(side *s, uint64_t key);
 
 static void on_sent(void *owner, cl_link *link, const cl_frame *frame)
@@ -198,7 +204,7 @@ static void on_lost(void *owner, cl_link *link, const char *reason)
     EXPECT(s->reason[0] != 0, "lost() without a reason");
 }
 
-static const cl_sink sink = {on_begin, on_piece, on_end, on_sent, on_lost};
+static const cl_sink sink = {on_begin, on_piece, on_end, on_revoked, on_sent, on_lost};
 
 /* ---- driving ------------------------------------------------------------------------------------------------- */
 
