@@ -124,6 +124,23 @@ void cl_shared_free(cl_shared *block);
 /* tcp: takes ownership of a connected socket, in every case. */
 int cl_tcp_attach(cl_engine *engine, int32_t peer, int socket);
 
+/*
+ * mpi: a library that the process has loaded and initialised, given by the addresses of its functions (MPI_Isend, ...) and
+ * by its handles as C passes them: ints, or pointers. The communicator is ours alone, returns errors, and has the engine's
+ * ranks. Calls come from whoever owns the engine, one at a time: the library grants MPI_THREAD_SERIALIZED at least.
+ */
+typedef void (*cl_mpi_function)(void);
+typedef struct {
+    cl_mpi_function isend, issend, irecv, testsome, test, cancel, test_cancelled, error_string, abort;
+    uint64_t communicator, byte; /* MPI_BYTE */
+    uint32_t handle_nbytes, status_nbytes;
+} cl_mpi_library;
+/* Before the first cl_mpi_attach. CL_INVALID if there is a library already, or its handles have no known size. */
+int cl_mpi_create(cl_engine *engine, const cl_mpi_library *library);
+int cl_mpi_attach(cl_engine *engine, int32_t peer);
+/* After cl_engine_shutdown. 1: the communicator holds nothing of ours, and may be freed; else it must be left alone. */
+int cl_mpi_ended(const cl_engine *engine);
+
 /* Starts the progress thread; from here on the engine lives by itself. All links must be attached. */
 int cl_engine_start(cl_engine *engine);
 /*

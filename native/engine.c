@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "engine.h"
+#include "mpi_link.h"
 
 static double monotonic_s(void *argument)
 {
@@ -59,17 +60,41 @@ void cl_engine_attach(cl_engine *engine, int32_t peer, cl_link *link)
     engine->peers[peer].link = link;
 }
 
+static bool can_attach(const cl_engine *engine, int32_t peer)
+{
+    return peer >= 0 && peer < engine->size && peer != engine->rank && engine->peers[peer].link == NULL;
+}
+
 int cl_tcp_attach(cl_engine *engine, int32_t peer, int socket)
 {
     cl_link *link;
-    bool sound = peer >= 0 && peer < engine->size && peer != engine->rank && engine->peers[peer].link == NULL;
-    if (!sound) {
+    if (!can_attach(engine, peer)) {
         close(socket);
         return CL_INVALID;
     }
     CL_TRY(cl_tcp_link_new(socket, &engine->settings, &link));
     cl_engine_attach(engine, peer, link);
     return CL_OK;
+}
+
+int cl_mpi_create(cl_engine *engine, const cl_mpi_library *library)
+{
+    return engine->mpi != NULL ? CL_INVALID : cl_mpi_new(library, engine->size, &engine->settings, &engine->mpi);
+}
+
+int cl_mpi_attach(cl_engine *engine, int32_t peer)
+{
+    cl_link *link;
+    if (engine->mpi == NULL || !can_attach(engine, peer))
+        return CL_INVALID;
+    CL_TRY(cl_mpi_link_new(engine->mpi, peer, 0, 0, &link));
+    cl_engine_attach(engine, peer, link);
+    return CL_OK;
+}
+
+int cl_mpi_ended(const cl_engine *engine)
+{
+    return engine->mpi_ended;
 }
 
 double cl_engine_now(cl_engine *engine)
@@ -400,7 +425,7 @@ size_t cl_engine_pending(cl_engine *engine)
     return pending;
 }
 
-void cl_engine_close_links(cl_engine *engine)
+void cl_engine_close_links(cl_engine *engine, int32_t linger_ms)
 {
     for (int32_t r = 0; r < engine->size; r++) {
         cl_peer *peer = &engine->peers[r];
@@ -414,6 +439,9 @@ void cl_engine_close_links(cl_engine *engine)
             cl_kept_free(peer->keeping);
         peer->keeping = NULL;
     }
+    if (engine->mpi != NULL)
+        engine->mpi_ended = cl_mpi_free(engine->mpi, linger_ms) == CL_OK;
+    engine->mpi = NULL;
 }
 
 static void free_early(cl_engine *engine)

@@ -231,6 +231,8 @@ struct cl_engine {
     void *driver; /* the simulator */
     struct cl_runtime *runtime; /* thread.c; NULL: driven by hand */
     struct cl_shm *shm;         /* shm.c: this rank's rings */
+    struct cl_mpi *mpi;         /* mpi.c: the library */
+    bool mpi_ended;
     atomic_int forked;
     atomic_int ended; /* shut down: links are closed, nothing moves any more */
 };
@@ -250,7 +252,8 @@ void cl_engine_touch(cl_engine *engine, int32_t peer);
 void cl_engine_lost(cl_engine *engine, int32_t rank, const char *reason, bool tell);
 void cl_engine_leave(cl_engine *engine);
 size_t cl_engine_pending(cl_engine *engine);
-void cl_engine_close_links(cl_engine *engine);
+/* Links are closed, and what they leave to the end is waited for at most `linger_ms`. */
+void cl_engine_close_links(cl_engine *engine, int32_t linger_ms);
 void cl_engine_post(cl_engine *engine, cl_operation *operation);
 void cl_engine_failed_key(cl_engine *engine, uint64_t key);
 cl_operation *cl_engine_find(cl_engine *engine, uint64_t key);

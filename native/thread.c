@@ -573,7 +573,7 @@ static void end(cl_engine *engine, int32_t linger_ms)
     if (engine->runtime != NULL && engine->runtime->running)
         stop_thread(engine->runtime);
     own(engine);
-    cl_engine_close_links(engine);
+    cl_engine_close_links(engine, linger_ms);
     atomic_store(&engine->ended, 1);
     cl_engine_flush(engine); /* what was submitted meanwhile fails */
     disown(engine);

@@ -127,6 +127,7 @@ struct cl_link {
 extern const cl_transport cl_shm_transport;
 extern const cl_transport cl_tcp_transport;
 extern const cl_transport cl_sim_transport;
+extern const cl_transport cl_mpi_transport;
 
 /* tcp.c: takes ownership of the socket in every case. The caller sets transport-independent fields. */
 int cl_tcp_link_new(int socket, const cl_settings *settings, cl_link **link);

@@ -1,10 +1,13 @@
 """The transports under one conformance suite, and what only tcp does: C programs, built plainly and with sanitizers.
 
-A new transport is covered by one line in the table of tests/native/transports_test.c.
+A new transport is covered by one line in the table of tests/native/transports_test.c; mpi, which needs a library of
+others, by a program of its own.
 """
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,8 +38,9 @@ def programs(request, tmp_path_factory):
     return folder
 
 
-def run(*command):
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LONGEST_S)
+def run(*command, **environ):
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LONGEST_S,
+                            env={**os.environ, **environ})  # fmt: skip
     assert result.returncode == 0, result.stdout
     return result.stdout
 
@@ -48,6 +52,26 @@ def test_conformance(programs, seed):
     assert {"shm", "tcp", "sim"} <= set(transports)
     for transport in transports:
         run(program, transport, str(seed))
+
+
+def mpi_prefix():
+    """Where the headers and the library of an MPI beside this Python are; None: nowhere."""
+    prefix = Path(sys.prefix)
+    return prefix if (prefix / "include" / "mpi.h").exists() and (prefix / "lib" / "libmpi.so").exists() else None
+
+
+@pytest.mark.skipif(mpi_prefix() is None, reason="no MPI beside this Python: pip install mpich")
+@pytest.mark.parametrize("build", BUILDS)
+def test_mpi(build, tmp_path):
+    """One process that is both sides; leaks are the library's own, and are not looked for."""
+    prefix = mpi_prefix()
+    command = ["gcc", "-std=gnu11", "-Wall", "-Wextra", "-Wshadow", "-Werror", *BUILDS[build], f"-I{NATIVE}",
+               f"-I{prefix / 'include'}", "-o", tmp_path / "mpi_test", PROGRAMS / "mpi_test.c",
+               PROGRAMS / "transport_conformance.c", *sorted(NATIVE.glob("mpi*.c")), f"-L{prefix / 'lib'}",
+               f"-Wl,-rpath,{prefix / 'lib'}", "-lmpi"]  # fmt: skip
+    subprocess.run(command, check=True)
+    for seed in SEEDS:
+        run(tmp_path / "mpi_test", str(seed), ASAN_OPTIONS="detect_leaks=0")
 
 
 def test_tcp_alone(programs):
