@@ -23,7 +23,7 @@ from commlib.version import VERSION as __version__
 _session = Session()
 
 
-def init(*, settings=None, timeout_s=None, environ=None, backend=None, backends=None, secret=None):
+def init(*, settings=None, timeout_s=None, environ=None, backend=None, backends=None, secret=None, comm=None):
     """Meets the other ranks and makes the default communicator; while there is one, returns it.
 
     Args:
@@ -35,6 +35,8 @@ def init(*, settings=None, timeout_s=None, environ=None, backend=None, backends=
             see `commlib.session.open_communicator`.
         secret: for adapters of frameworks: where ranks of several hosts find the job's secret if the launcher gave them none,
             function(placement) -> text; see docs/security.md.
+        comm: an mpi4py communicator, or a list of ranks of MPI_COMM_WORLD: its ranks meet by MPI, and MPI moves the bytes
+            between hosts. None: the launcher's ranks; MPI_COMM_WORLD if the transport is "mpi".
 
     Returns:
         The Communicator.
@@ -50,7 +52,7 @@ def init(*, settings=None, timeout_s=None, environ=None, backend=None, backends=
         1
         >>> commlib.shutdown()
     """
-    return _session.init(settings, timeout_s, environ, backend, backends, secret)
+    return _session.init(settings, timeout_s, environ, backend, backends, secret, comm)
 
 
 def shutdown():

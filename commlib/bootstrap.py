@@ -111,6 +111,22 @@ def discover(environ: Optional[Mapping[str, str]] = None) -> Placement:
     )
 
 
+def placed(rank: int, size: int, job: str, environ: Optional[Mapping[str, str]] = None) -> Placement:
+    """The placement of a rank that need not be found, since its ranks have met already; `environ` has the options only.
+
+    Example:
+        >>> placed(1, 2, "MPI", {"COMMLIB_TRANSPORT": "shm"}).options
+        {'transport': 'shm'}
+    """
+    options = _options(os.environ if environ is None else environ)
+    return Placement(job, rank, size, None, None, None, None, store="", store_owner=job, job=job, options=options)
+
+
+def options(environ: Optional[Mapping[str, str]] = None) -> dict:
+    """The COMMLIB_* variables that place nobody, as in `Placement.options`."""
+    return _options(os.environ if environ is None else environ)
+
+
 def _check(launcher: str, found: _Found) -> None:
     pairs = (("rank", found.rank, "size", found.size),
              ("local rank", found.local_rank, "local size", found.local_size),

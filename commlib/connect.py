@@ -1,4 +1,4 @@
-"""Links between all pairs of ranks: shared memory where two ranks can map the same memory, TCP elsewhere.
+"""Links between all pairs of ranks: shared memory where two ranks can map the same memory, TCP or MPI elsewhere.
 
 Called once per initialisation, with the engine's attach functions handed in as an `Endpoint`; knows nothing of the
 engine itself. "Same host" is a guess from host identities that only counts once descriptors were passed and mapped; a
@@ -23,11 +23,12 @@ from commlib.bootstrap import Placement, StartError
 from commlib.dial import Place, Unreachable, dial
 from commlib.handshake import Shaken, shake
 from commlib.interfaces import Address, addresses, listen_at, offered, parse_ports, reached_from_here
+from commlib.mpi import Library
 from commlib.rendezvous import Store
 from commlib.rendezvous_wire import spell_ranks
 from commlib.secret import Secret
 
-TRANSPORTS = ("auto", "shm", "tcp")
+TRANSPORTS = ("auto", "shm", "tcp", "mpi")
 
 _SO_PEERPIDFD = 77      # Linux 6.5; Python has no name for it
 _STRANGERS = 64         # room in the queue of callers for some that are none of us
@@ -61,6 +62,9 @@ class Endpoint(Protocol):
     def attach_tcp(self, peer: int, descriptor: int) -> None:
         """Links a peer by a connected, non-blocking socket."""
 
+    def attach_mpi(self, peers: Sequence[int], library: Library) -> None:
+        """Links peers by MPI; called once."""
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -69,7 +73,7 @@ class Topology:
     Args:
         hosts: host index of every rank; hosts are numbered by their lowest rank.
         names: host name of every rank.
-        transports: "shm" or "tcp" for every peer of this rank.
+        transports: "shm", "tcp" or "mpi" for every peer of this rank.
         local_rank, local_size, cross_rank, cross_size: as the launcher gave them, else derived from `hosts`.
     """
 
@@ -87,22 +91,27 @@ class Topology:
         return len({self.hosts.count(host) for host in set(self.hosts)}) == 1
 
 
-def connect(placement: Placement, store: Store, endpoint: Endpoint, transport: str = "auto") -> Topology:
+def connect(placement: Placement, store: Store, endpoint: Endpoint, transport: str = "auto",
+            library: Optional[Library] = None) -> Topology:
     """Links this rank with every other.
 
     Args:
         placement: this process's place in the job.
         store: joined by all ranks; every rank must call connect on it once.
         endpoint: the engine's attach functions.
-        transport: "auto" (shared memory where possible), "shm" (or an error) or "tcp"; equal on all ranks.
+        transport: "auto" (shared memory where possible), "shm" (or an error), "tcp" or "mpi"; equal on all ranks.
+        library: the MPI library that links what shares no memory; None: TCP does.
     Raises:
         StartError: a rank was lost or cannot be reached. The links attached so far are the endpoint's to close.
     """
     if transport not in TRANSPORTS:
         raise StartError(f"transport is {transport!r}: it must be one of {', '.join(TRANSPORTS)}")
+    if transport == "tcp" and library is not None:
+        raise StartError("transport is tcp, but the ranks are those of an MPI communicator, which has no addresses: use auto "
+                         "or mpi, or call init() without comm")
     facts = survey(store, transport)
     key = link_key(placement.secret, placement.job, facts)
-    local = [] if transport == "tcp" else local_peers(store.rank, [fact["host"] for fact in facts])
+    local = [] if transport in ("tcp", "mpi") else local_peers(store.rank, [fact["host"] for fact in facts])
     shared = _attach_shared(store, key, local, endpoint)
     others = [peer for peer in range(store.size) if peer != store.rank and peer not in shared]
     if others and transport == "shm":
@@ -110,11 +119,14 @@ def connect(placement: Placement, store: Store, endpoint: Endpoint, transport: s
             f"rank {store.rank} shares no memory with rank {spell_ranks(others)}, but the transport is shm: use auto, "
             "or start all ranks on one host and in one network namespace"
         )
-    options = placement.options
-    _attach_tcp(connect_tcp(store, key, others, facts, options.get("network_interfaces", ""), options.get("port_range", "")),
-                endpoint)
+    if library is None:
+        interfaces, ports = placement.options.get("network_interfaces", ""), placement.options.get("port_range", "")
+        _attach_tcp(connect_tcp(store, key, others, facts, interfaces, ports), endpoint)
+    else:
+        endpoint.attach_mpi(others, library)
     store.gather("connect/done", b"")
-    transports = {peer: "shm" if peer in shared else "tcp" for peer in range(store.size) if peer != store.rank}
+    elsewhere = "tcp" if library is None else "mpi"
+    transports = {peer: "shm" if peer in shared else elsewhere for peer in range(store.size) if peer != store.rank}
     return _topology(placement, facts, transports)
 
 

@@ -57,7 +57,7 @@ class Engine:
         ValueError: the engine refuses a setting.
     """
 
-    __slots__ = ("pointer", "rank", "size", "forked", "closed", "_out", "__weakref__")
+    __slots__ = ("pointer", "rank", "size", "forked", "closed", "_out", "_library", "__weakref__")
 
     def __init__(self, rank, size, settings):
         self.pointer = None
@@ -65,6 +65,7 @@ class Engine:
         self.size = size
         self.forked = False
         self.closed = False
+        self._library = None  # of MPI, while there are links over it
         self._out = ffi.new("cl_operation **")
         fields = {name: getattr(settings, name) for name in ENGINE_SETTINGS}
         engine = ffi.new("cl_engine **")
@@ -91,6 +92,18 @@ class Engine:
     def attach_tcp(self, peer, descriptor):
         """Links a peer by a connected socket."""
         _check(lib.cl_tcp_attach(self.pointer, peer, descriptor))
+
+    def attach_mpi(self, peers, library):
+        """Links peers by an MPI library (a commlib.mpi.Library), which is told when the engine has ended."""
+        native = ffi.new("cl_mpi_library *", {
+            **{name: ffi.cast("cl_mpi_function", address) for name, address in library.functions.items()},
+            "communicator": library.communicator, "byte": library.byte,
+            "handle_nbytes": library.handle_nbytes, "status_nbytes": library.status_nbytes,
+        })  # fmt: skip
+        _check(lib.cl_mpi_create(self.pointer, native))
+        self._library = library
+        for peer in peers:
+            _check(lib.cl_mpi_attach(self.pointer, peer))
 
     # ---- life ------------------------------------------------------------------------------------------------
 
@@ -138,6 +151,9 @@ class Engine:
         if not self.forked and not self.closed:
             self.closed = True
             lib.cl_engine_shutdown(self.pointer, linger_ms)
+            if self._library is not None:
+                self._library.ended(lib.cl_mpi_ended(self.pointer) == 1)
+                self._library = None
 
     def after_fork(self):
         """In the child: gives back this process's copies of descriptors; from here on every call is refused."""

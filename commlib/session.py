@@ -13,7 +13,7 @@ import logging
 import os
 from dataclasses import fields, replace
 
-from commlib import bootstrap, rendezvous
+from commlib import bootstrap, mpi, rendezvous
 from commlib.calibrate import calibrated
 from commlib.communicator import Communicator
 from commlib.connect import connect
@@ -36,7 +36,8 @@ def _native(engine, topology, settings, placement, timeout_s):
     return Communicator(engine, topology, settings)
 
 
-def open_communicator(generation, settings=None, timeout_s=None, environ=None, backend=None, backends=None, secret=None):
+def open_communicator(generation, settings=None, timeout_s=None, environ=None, backend=None, backends=None, secret=None,
+                      comm=None):  # fmt: skip
     """Meets the other ranks and links them.
 
     Args:
@@ -49,19 +50,25 @@ def open_communicator(generation, settings=None, timeout_s=None, environ=None, b
         backends: what there is beside the engine: name -> function(engine, topology, settings, placement, timeout_s) that
             makes the Communicator.
         secret: where ranks of several hosts find the job's secret if the launcher gave them none: function(placement) -> text.
+        comm: the MPI communicator whose ranks these are, as for `commlib.mpi.communicator_of`; None: the launcher's, unless
+            the transport is "mpi".
 
     Raises:
         StartError: a rank did not come, was lost, or cannot be reached.
         MismatchError: ranks differ in their settings.
         ValueError: an option that is no setting or cannot have its value; an unknown backend.
     """
-    placement = _with_secret(bootstrap.discover(environ), secret)
+    settings = _starting_settings(settings, bootstrap.options(environ))
+    if comm is not None or settings.transport == "mpi":
+        comm = mpi.communicator_of(comm)
+        placement = bootstrap.placed(comm.rank, comm.size, "MPI", environ)
+    else:
+        placement = _with_secret(bootstrap.discover(environ), secret)
     backend = backend or placement.options.get("backend", "native")
     make_communicator = _maker(backend, {**(backends or {}), "native": _native})
-    settings = _starting_settings(settings, placement.options)
     engine = Engine(placement.rank, placement.size, settings)
     try:
-        topology = _link(engine, placement, settings, backend, generation, timeout_s)
+        topology = _link(engine, placement, settings, backend, generation, timeout_s, comm)
         communicator = make_communicator(engine, topology, settings, placement, timeout_s)
         record = calibrated(settings, engine, topology.hosts).to_json().encode()
         record = communicator.control.broadcast_bytes(record, name="settings", timeout_s=timeout_s)
@@ -102,13 +109,21 @@ def _starting_settings(settings, options):
     return settings.overridden({name: text for name, text in options.items() if name in _SETTING_NAMES})
 
 
-def _link(engine, placement, settings, backend, generation, timeout_s):
-    """Meets the other ranks in the store, agrees with them, links the engine and starts it."""
-    with _advice(placement.rank), rendezvous.join(placement, generation, VERSION, timeout_s) as store:
+def _meet(placement, generation, timeout_s, comm):
+    """Where the ranks meet: in a store that one of them or the launcher serves, or in MPI."""
+    if comm is None:
+        return rendezvous.join(placement, generation, VERSION, timeout_s)
+    return mpi.Meeting(comm, placement.start_timeout_s if timeout_s is None else timeout_s)
+
+
+def _link(engine, placement, settings, backend, generation, timeout_s, comm):
+    """Meets the other ranks, agrees with them, links the engine and starts it."""
+    with _advice(placement.rank), _meet(placement, generation, timeout_s, comm) as store:
         control = Control(functools.partial(_exchange_in_store, store), placement.rank, placement.size)
-        mismatch = _mismatch(control, {**settings.as_dict(), "backend": backend})
+        mismatch = _mismatch(control, {**settings.as_dict(), "backend": backend, "version": VERSION})
         if mismatch is None:
-            topology = connect(placement, store, engine, settings.transport)
+            library = None if comm is None else store.library(engine)
+            topology = connect(placement, store, engine, settings.transport, library)
             engine.start()
     # Outside the store: every rank has seen the same and raises for itself, so none need abort the others.
     if mismatch is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Callable, NamedTuple, Optional, Tuple
 
 KINDS = ("allreduce", "broadcast", "allgather", "reducescatter", "alltoall", "barrier")
-TRANSPORTS = ("auto", "shm", "tcp")
+TRANSPORTS = ("auto", "shm", "tcp", "mpi")
 
 
 class Threshold(NamedTuple):
@@ -45,7 +45,8 @@ class Settings:
         shm_ring_nbytes: bytes of one direction of one shared-memory link; a power of two.
         segment_nbytes: the largest segment, the unit of pipelining and of preemption.
         uneven_nbytes: the size per rank that the choice of algorithm assumes where ranks cannot know the true one.
-        transport: "auto" (shm inside a host, tcp between hosts), "shm" or "tcp".
+        transport: "auto" (shm inside a host; between hosts tcp, or mpi where init() was given a communicator), "shm", "tcp" or
+            "mpi".
         algorithms: forced choices, such as (("allreduce", "ring"),).
         table: choices by size, a tuple of Threshold; the first line that is large enough holds. `commlib tune` writes it.
         alpha_inside_s, beta_inside_s_per_byte: latency and 1 / bandwidth inside a host; 0: measured at init.

@@ -15,7 +15,7 @@ LAYERS = [
      "secret"},
     {"algorithms"},
     {"bootstrap", "rendezvous", "rendezvous_wire", "rendezvous_server", "rendezvous_room", "proof", "handshake", "connect",
-     "interfaces", "dial"},
+     "interfaces", "dial", "mpi"},
     {"engine", "control", "selection"},
     {"calibrate", "layout", "handle", "prepared", "results", "simulate"},
     {"collective"},

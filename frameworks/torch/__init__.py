@@ -33,17 +33,18 @@ def init(comm=None, process_sets=None, *, backend=None):
     """Meets the other ranks; every other function needs it. Does nothing if it was called before.
 
     Args:
-        comm, process_sets: accepted for Horovod's sake.
+        comm: an mpi4py communicator, or a list of ranks of MPI_COMM_WORLD; see commlib.init.
+        process_sets: accepted for Horovod's sake.
         backend: who moves the bytes: "native", commlib's own engine, or "gloo", torch.distributed's gloo under commlib's
             scheduler; None: COMMLIB_BACKEND, or "native". Equal on all ranks.
 
     Raises:
-        ValueError: comm or process_sets was given: not supported yet; another backend is in use.
+        ValueError: process_sets was given: not supported yet; another backend is in use.
         StartError: a rank did not come in time.
     """
-    if comm is not None or process_sets:
-        raise ValueError("init(comm=..., process_sets=...) is not supported yet: call init(), and start with commrun")
-    communicator = commlib.init(backend=backend, backends={"gloo": _gloo_communicator}, secret=job_secret)
+    if process_sets:
+        raise ValueError("init(process_sets=...) is not supported yet: call init() without")
+    communicator = commlib.init(backend=backend, backends={"gloo": _gloo_communicator}, secret=job_secret, comm=comm)
     if backend not in (None, communicator.backend):
         raise ValueError(f"commlib was initialized with backend={communicator.backend!r}: call shutdown() first")
 
