@@ -7,59 +7,21 @@ A group of gradients is IDLE (nothing sent), FLYING (being reduced: nobody may t
 the result) or CLAIMED (step() has taken it out of p.grad; its update is still to come).
 """
 
-import json
 import time
 
 import torch
 
-from commlib.torch.groups import LADDER, Gradient, Group, Phase, can_share, members_of_groups
+from commlib.torch.arrival import Arrival
+from commlib.torch.differences import check_alike, told_by_all
+from commlib.torch.groups import (
+    CAME_EARLY, CAME_LATE, LADDER, TOO_MANY_PASSES, ZEROED_IN_FLIGHT, Gradient, Group, Phase, can_share, members_of_groups,
+)  # fmt: skip
 from commlib.torch.order import FirstUse
 from commlib.torch.presence import Presence
 from commlib.torch.sparse import SparseGroup, SparseSet
-from commlib.torch.tensors import buffer_of, check_tensor, real_view
-
-TOO_MANY_PASSES = (
-    "Gradients were computed more than backward_passes_per_step times before call to step(). Increase "
-    "backward_passes_per_step to accumulate gradients locally."
-)
-ZEROED_IN_FLIGHT = (
-    "optimizer.zero_grad() was called after loss.backward() but before optimizer.step() or optimizer.synchronize(). "
-    "This is prohibited as it can cause a race condition."
-)
+from commlib.torch.tensors import buffer_of, check_tensor, fingerprint, real_view
 
 _IDLE, _FLYING, _REDUCED, _CLAIMED = Phase.IDLE, Phase.FLYING, Phase.REDUCED, Phase.CLAIMED
-
-
-class Arrival:
-    """The hook of one parameter. A parameter has one at most: the last exchange that tracks it sends its gradient."""
-
-    __slots__ = ("exchange", "gradient", "_registration")
-
-    def __init__(self, exchange, gradient):
-        self.exchange = exchange
-        self.gradient = gradient
-        for hook in list((gradient.parameter._post_accumulate_grad_hooks or {}).values()):
-            if isinstance(hook, Arrival) and hook.exchange is not exchange:
-                hook.retire()
-        self._registration = gradient.parameter.register_post_accumulate_grad_hook(self)
-
-    def __call__(self, parameter):
-        """Backward has accumulated into p.grad. What most calls do is done here, as it is done for every parameter."""
-        gradient, exchange = self.gradient, self.exchange
-        group = gradient.group
-        is_measured = exchange.first_use.arrivals is not None
-        if gradient.left != 1 or group.phase is not _IDLE or exchange.paused or is_measured:
-            exchange.arrived(gradient)
-            return
-        gradient.left = 0
-        group.missing -= 1
-        if not group.missing:
-            exchange.send(group)
-
-    def retire(self):
-        """The parameter belongs to a newer exchange now."""
-        self.exchange.superseded_by = self.gradient.name
-        self._registration.remove()
 
 
 class GradientExchange:
@@ -96,16 +58,15 @@ class GradientExchange:
         self.prefix = prefix
         self.exposed_s = 0.0
         self.steps = 0  # how many the optimizer has made
-        self.flying = 0  # how many groups are being reduced for a step() still to come
+        self.begun = False  # whether gradients have come whose reduction is still to be waited for
         self.first_use = FirstUse()
         self.regroup_due = False
         self.superseded_by = None  # a parameter's name, once a newer exchange tracks it
         self.paused = False  # while True, gradients only accumulate on this rank
-        self.departing = None  # departing() is called when the first gradient of a step leaves
+        self.departing = None  # departing() is called when the first gradient of a step has come
         self._options = {"op": op, "prescale_factor": prescale_factor, "postscale_factor": postscale_factor,
                          "overlapped": True}  # fmt: skip
-        self.sparse = SparseSet()
-        self._sparse_as_dense = sparse_as_dense
+        self.sparse = SparseSet(sparse_as_dense)
         self._keeps_none = presence
         self._ladder = ladder
         self._spans = []  # (started_s, done_s) of operations that were waited for
@@ -113,6 +74,11 @@ class GradientExchange:
         self._closed = False  # whether every parameter's gradient of this step has been sent
         self._wants = True  # whether this rank wants new groups
         self._presence = None
+        self._seen = None  # what reduced gradients were when some ranks looked at them before step()
+        self._changed = False  # whether they were others at step()
+        self._disagreement = None  # the error that all ranks had
+        self._woken = set()  # groups of parameters that began to require gradients after the last regrouping
+        self._spoiled = []  # groups into whose gradients backward accumulated while they were being reduced
 
     # ---- tracking
 
@@ -132,6 +98,10 @@ class GradientExchange:
             self._wake(gradient)
         return gradient
 
+    @property
+    def _frozen(self):
+        return [gradient.number for gradient in self.gradients if not gradient.parameter.requires_grad]
+
     def _wake(self, gradient):
         """A parameter requires gradients: until the next regrouping they travel by themselves."""
         self.asleep.remove(gradient)
@@ -139,6 +109,7 @@ class GradientExchange:
         if not any(isinstance(hook, Arrival) and hook.exchange is self for hook in hooks):
             Arrival(self, gradient)
         self._add_group([gradient])
+        self._woken.add(gradient.group)
         self._wants = True
 
     def _add_group(self, members):
@@ -168,7 +139,7 @@ class GradientExchange:
         self.passes = passes
         for group in self.groups:
             for gradient in group.gradients:
-                gradient.left = passes
+                gradient.expect(passes)
 
     # ---- sending
 
@@ -185,28 +156,43 @@ class GradientExchange:
         if arrivals is not None:
             arrivals.append(gradient.number)
         gradient.left -= 1
-        if gradient.left > 0:
+        if gradient.uses is None:
+            gradient.version = gradient.parameter.grad._version
+        if not gradient.has_come(self.passes):
             return
-        if gradient.left < 0:
-            raise AssertionError(f"{TOO_MANY_PASSES} (parameter {gradient.name!r})")
-        group.missing -= 1
-        if not group.missing:
-            self.send(group)
+        if not self.begun:
+            self.begin()
+        if gradient.left == 0:
+            group.missing -= 1
+            if not group.missing:
+                self.send(group)
+        elif gradient.left < 0:
+            gradient.came_again()
+
+    def begin(self):
+        """A gradient of this step is complete on this rank: from now on who looks at gradients has to wait for all."""
+        self.begun = True
+        if self.departing is not None:
+            self.departing()
 
     def _arrived_late(self, gradient, group):
         if group.phase is _CLAIMED:
-            raise RuntimeError(
-                f"a gradient arrived for parameter {gradient.name!r}, whose update from the last step() is still "
-                "pending: it was used without its module's forward or attribute (from a list made earlier, perhaps), "
-                "so its old value was used. Call optimizer.synchronize() before such a use, or pass overlap_forward=False"
-            )
+            raise RuntimeError(CAME_EARLY.format(gradient.name))
         if group.phase is _FLYING:
+            self._spoiled.append(group)
             raise AssertionError(f"{TOO_MANY_PASSES} (parameter {gradient.name!r})")
         group.rest(self.passes)  # synchronize() without step(): the pass begins a new step
         self._closed = False
 
-    def close(self):
-        """Sends what backward did not: zeros for parameters that this rank did not use, so that no rank hangs."""
+    def close(self, looked=False):
+        """Sends what backward did not: zeros for parameters that this rank did not use, so that no rank hangs.
+
+        Args:
+            looked: whether somebody is about to see the reduced gradients.
+
+        Raises:
+            RuntimeError: on every rank, if ranks did different things in the last step or have frozen different parameters.
+        """
         if self._closed or not self.gradients:
             return
         if self.superseded_by is not None:
@@ -214,31 +200,55 @@ class GradientExchange:
                 f"this optimizer is no longer in charge: parameter {self.superseded_by!r} was given to a newer "
                 "DistributedOptimizer"
             )
-        self._closed = True
+        self.check_alike()
+        self._closed = self.begun = True
         for gradient in [gradient for gradient in self.asleep if gradient.parameter.requires_grad]:
             self._wake(gradient)
         if not self.sparse.is_agreed:
-            self._agree_on_sparse()
+            self._agree()
         idle = [group for group in self.groups if group.phase is _IDLE]
         absent = [gradient for group in idle for gradient in self._absent_of(group)]
         self._wants |= any(not gradient.parameter.requires_grad for gradient in absent)
         self._wants |= self.first_use.end_step()
         self.regroup_due = self.regroup_due or not self.first_use.cohorts or self._presence.wanted()
-        wants = self._wants and not self.regroup_due
-        self._presence.check_steps()
-        self._presence.send(len(self.gradients), [gradient.number for gradient in absent], wants, self.steps)
+        self._presence.send(
+            len(self.gradients), [gradient.number for gradient in absent], self._frozen,
+            wants=self._wants and not self.regroup_due, looked=looked, steps=self.steps,
+        )  # fmt: skip
         for group in idle:
-            # A frozen parameter is frozen on every rank: a group of them is sent by nobody.
-            if len(group.absent) < len(group.gradients) or any(p.requires_grad for p in group.parameters):
-                self.send(group)
+            self.send(group)
 
-    def _agree_on_sparse(self):
-        name = f"{self.prefix}sparse of {self.gradients[0].name}"
-        for number in self.sparse.agree(lambda payload: self.communicator.exchange(payload, name=name)):
+    def check_alike(self):
+        """Looks whether all ranks did the same in the last step that was closed, as all ranks do after the same step.
+
+        Raises:
+            RuntimeError: on every rank, with the same words.
+        """
+        if self._disagreement is not None:
+            raise self._disagreement
+        if self._presence.differs():
+            self._told("step", {"steps": self._presence.steps, "frozen": self._presence.frozen, "changed": self._changed})
+        self._changed = False
+
+    def _agree(self):
+        """Gradients came that the ranks have not spoken about: which are sparse, and which do not come at all."""
+        told = self._told("sparse", {"sparse": self.sparse.found(self.gradients), "frozen": self._frozen})
+        for number in self.sparse.agree([one["sparse"] for one in told]):
             self.groups.remove(self.gradients[number].group)
             self._add_group([self.gradients[number]])
 
+    def _told(self, what, mine):
+        """Every rank's record; all ranks call it after the same step, and are told the same error if the records differ."""
+        told = told_by_all(self.communicator.exchange, f"{self.prefix}{what} of {self.gradients[0].name}", mine)
+        try:
+            check_alike(told, [gradient.name for gradient in self.gradients])
+        except RuntimeError as error:
+            self._disagreement = error
+            raise
+        return told
+
     def _absent_of(self, group):
+        group.check_complete(self.passes)
         group.absent = [index for index, parameter in enumerate(group.parameters) if parameter.grad is None]
         return [group.gradients[index] for index in group.absent]
 
@@ -250,17 +260,12 @@ class GradientExchange:
             if tensor is None or tensor.dtype is not dtype or tensor.requires_grad or tensor.layout is not strided:
                 if index not in group.absent:
                     tensors[index] = self._checked(group.gradients[index])
-                    if tensors[index] is None:
-                        return  # sparse: `close` sends it
         if len(tensors) > 1 and (group.absent or tensors[0].dtype is not dtype) and not group.fits():
             self._send_apart(group)
             return
         group.versions = [None if tensor is None else tensor._version for tensor in tensors]
         group.handle = group.submit(self.communicator)
         group.phase = _FLYING
-        self.flying += 1
-        if self.flying == 1 and self.departing is not None:
-            self.departing()
 
     def _send_apart(self, group):
         """The model was moved to another dtype: until the next regrouping these travel by themselves."""
@@ -281,33 +286,13 @@ class GradientExchange:
             raise ValueError(f"the gradient of {gradient.name!r} requires a gradient: create_graph is not supported")
         if gradient.number in self.sparse.dims:
             return tensor
-        if tensor.is_sparse and not self._sparse_as_dense and self.sparse.noticed(gradient, tensor):
-            return None
         if tensor.is_sparse:
+            self.sparse.check_dense(gradient)
             tensor = gradient.parameter.grad = tensor.to_dense()
         check_tensor(real_view(tensor), f"the gradient of {gradient.name!r}")
         return tensor
 
     # ---- receiving
-
-    def check_untouched(self, group):
-        """Refuses to go on if p.grad of a FLYING gradient was changed: nobody knows which bytes were sent.
-
-        Raises:
-            AssertionError: zero_grad() or the like took it away.
-            RuntimeError: it was changed in place, or replaced.
-        """
-        for index, (parameter, tensor, version) in enumerate(zip(group.parameters, group.tensors, group.versions)):
-            present = parameter.grad
-            if present is tensor and tensor is not None and tensor._version == version or index in group.absent:
-                continue
-            name = group.gradients[index].name
-            if present is None:
-                raise AssertionError(f"{ZEROED_IN_FLIGHT} (parameter {name!r})")
-            raise RuntimeError(
-                f"the gradient of {name!r} was changed while it was being reduced: call "
-                "optimizer.synchronize() between loss.backward() and whatever changes gradients (clipping, unscaling)"
-            )
 
     def wait(self, group, lend=False):
         """Waits until a group that was sent is reduced; its `tensors` are the results, None if no rank had one.
@@ -318,6 +303,8 @@ class GradientExchange:
         """
         if group.handle is None:
             return
+        if group in self._woken and self._presence.frozen_differ():
+            self.check_alike()  # raises: others do not know of this group and would be waited for in vain
         begin_s = time.monotonic()
         group.handle.wait()
         waited_s = time.monotonic() - begin_s
@@ -329,52 +316,78 @@ class GradientExchange:
         group.handle = None
         if group.phase is _FLYING:
             group.phase = _REDUCED
-            self.flying -= 1
 
     def _is_wanted(self, gradient):
         """Whether a gradient that this rank did not have is to become what the others make of it."""
-        if not gradient.parameter.requires_grad:
-            return False
-        return not self._keeps_none or self._presence.anywhere(gradient.number)
+        if gradient.parameter.requires_grad and not self._keeps_none:
+            return True
+        return self._presence.anywhere(gradient.number)
 
-    def synchronize(self):
-        """Waits for every gradient of this step and leaves the results in p.grad."""
-        self.close()
+    def synchronize(self, looked=False):
+        """Waits for every gradient of this step and leaves the results in p.grad; `looked`: for somebody who may change them."""
+        self.close(looked)
         for group in self.groups:
             if group.phase is _FLYING:
-                self.check_untouched(group)
+                if group not in self._spoiled:
+                    group.check_untouched()
                 self.wait(group)
                 for index in (0,) if isinstance(group, SparseGroup) else group.absent:
                     group.parameters[index].grad = group.tensors[index]
+        self.begun = False
+        if looked and self.gradients and self._presence.is_seen_by_some():
+            self._seen = self._fingerprints()
+
+    def _fingerprints(self):
+        return [None if parameter.grad is None else fingerprint(parameter.grad) for parameter in self.parameters]
 
     def claim(self):
         """Takes every gradient of this step out of p.grad; each is still to be waited for."""
         self.close()
+        self.end_step()
         for group in self.groups:
             if group.phase is _FLYING:
-                self.check_untouched(group)
+                group.check_untouched()
             else:  # whatever the user made of the reduced ones
                 group.tensors = [parameter.grad for parameter in group.parameters]
             for parameter in group.parameters:
                 parameter.grad = None
             group.phase = _CLAIMED
-        self.flying = 0
-        self._closed = False
+        self.begun = self._closed = False
+
+    def end_step(self):
+        """Step() takes what p.grad holds now: the last look at how gradients came, and at what became of them.
+
+        Raises:
+            RuntimeError: a gradient is no longer what backward made.
+        """
+        for group in self._spoiled:
+            raise RuntimeError(CAME_LATE.format(group.name))
+        for group in self.groups:
+            for gradient in group.gradients:
+                if gradient.uses is None:
+                    gradient.learn(self.passes)
+        if self._seen is not None:
+            self._changed, self._seen = self._fingerprints() != self._seen, None
 
     def rest(self):
         """Forgets gradients that were used, or will not be: the next backward pass starts anew. Claimed ones stay."""
+        if self._spoiled:  # how often gradients arrive is not what it was
+            for gradient in self.gradients:
+                gradient.uses = None
+            self._spoiled.clear()
         for group in self.groups:
             if group.phase is not _CLAIMED:
                 group.rest(self.passes)
-        self._closed = False
+        self.begun = self._closed = False
+        self._seen = None
 
-    def check_not_flying(self):
+    def check_not_begun(self):
         """For zero_grad().
 
         Raises:
             AssertionError: a gradient is on its way.
         """
-        if self.flying:
+        if self.begun:
             raise AssertionError(ZEROED_IN_FLIGHT)
 
     def reduce_value(self, tensor, name):
@@ -383,13 +396,15 @@ class GradientExchange:
         self.communicator.allreduce_async_(buffer_of(tensor), **options).wait()
 
     def land(self, deadline_s):
-        """Waits until no operation is on its way, without a look at the results.
+        """Waits until no operation is on its way, without a look at the results; where ranks disagree, some never land.
 
         Raises:
             TimeoutError: it is past `deadline_s` on the monotonic clock.
             CommlibError: another rank was lost or has left.
         """
-        for handle in [group.handle for group in self.groups] + [self._presence.handle] if self.gradients else []:
+        if not self.gradients or self._disagreement is not None:
+            return
+        for handle in [*(group.handle for group in self.groups), self._presence.handle]:
             if handle is not None:
                 handle.wait(max(0.0, deadline_s - time.monotonic()))
 
@@ -399,9 +414,7 @@ class GradientExchange:
         """At the end of a step at which it is due on all ranks, with nothing in flight: new priorities and groups."""
         self.regroup_due = self._wants = False
         apart = [*self.sparse.dims, *(g.number for g in self.gradients if not can_share(g.parameter))]
-        mine = json.dumps({"measured": self.first_use.measured, "apart": apart}).encode()
-        name = f"{self.prefix}order of {self.gradients[0].name}"
-        told = [json.loads(payload) for payload in self.communicator.exchange(mine, name=name)]
+        told = self._told("order", {"measured": self.first_use.measured, "apart": apart, "frozen": self._frozen})
         self.first_use.agree([one["measured"] for one in told], len(self.gradients))
         apart = frozenset(number for one in told for number in one["apart"])
         used = [self.gradients[number] for number in self.first_use.order]
@@ -414,6 +427,7 @@ class GradientExchange:
         for gradient in self.asleep:
             gradient.group, gradient.left = None, 0
         self.groups = []
+        self._woken.clear()
         awake = [gradient for gradient in ordered if gradient.parameter.requires_grad]
         for members in members_of_groups(awake, self.first_use.cohorts, apart, self._ladder):
             self._add_group(members)

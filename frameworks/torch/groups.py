@@ -18,6 +18,31 @@ from commlib.torch.tensors import buffer_of, contiguous
 
 Phase = Enum("Phase", "IDLE FLYING REDUCED CLAIMED")
 
+# Instead of how often a gradient is still to arrive.
+_UNKNOWN = 1 << 30
+
+TOO_MANY_PASSES = (
+    "Gradients were computed more than backward_passes_per_step times before call to step(). Increase "
+    "backward_passes_per_step to accumulate gradients locally."
+)
+ZEROED_IN_FLIGHT = (
+    "optimizer.zero_grad() was called after loss.backward() but before optimizer.step() or optimizer.synchronize(). "
+    "This is prohibited as it can cause a race condition."
+)
+CHANGED_IN_FLIGHT = (
+    "the gradient of {!r} was changed while it was being reduced: call optimizer.synchronize() between loss.backward() and "
+    "whatever changes gradients (clipping, unscaling)"
+)
+CAME_EARLY = (
+    "a gradient arrived for parameter {!r}, whose update from the last step() is still pending: it was used without its "
+    "module's forward or attribute (from a list made earlier, perhaps), so its old value was used. Call "
+    "optimizer.synchronize() before such a use, or pass overlap_forward=False"
+)
+CAME_LATE = (
+    "the gradient of {!r} came while it was being reduced and is lost: call optimizer.synchronize() and "
+    "optimizer.zero_grad(), and begin the step again"
+)
+
 # To copy 64 KiB in and out of a buffer takes 10 to 20 us, what an operation costs at least.
 SMALL_NBYTES = 64 << 10
 
@@ -41,10 +66,13 @@ class Gradient:
         number: its place among the gradients of its exchange, the same on all ranks.
         priority: its place in the order of need, 0 first.
         group: the Group it travels with; None while its parameter is frozen.
-        left: backward passes that are still to accumulate into it before it is sent.
+        uses: how often it arrives in one backward pass; None: that has not been seen yet. Where reentrant checkpoints run
+            backward within backward, a layer that is in two of them gets its gradient in two pieces.
+        left: how often it is still to arrive before it is sent.
+        version: of p.grad when it arrived last, as long as its uses are not known.
     """
 
-    __slots__ = ("parameter", "name", "number", "priority", "group", "left")
+    __slots__ = ("parameter", "name", "number", "priority", "group", "uses", "left", "version")
 
     def __init__(self, parameter, name, number):
         self.parameter = parameter
@@ -52,7 +80,27 @@ class Gradient:
         self.number = number
         self.priority = number  # the order of registration, until the order of need is known
         self.group = None
+        self.uses = self.version = None
         self.left = 0
+
+    def expect(self, passes):
+        """A step of so many backward passes begins."""
+        self.left = _UNKNOWN if self.uses is None else self.uses * passes
+        self.version = None
+
+    def has_come(self, passes):
+        """Whether all passes may have accumulated into it; until its uses are known, it is sent when the step is closed."""
+        return self.left <= 0 or self.uses is None and _UNKNOWN - self.left >= passes
+
+    def learn(self, passes):
+        """At the end of a step: it arrives as often as it did here."""
+        if self.left < _UNKNOWN:
+            self.uses = -(-(_UNKNOWN - self.left) // passes)
+
+    def came_again(self):
+        """It arrived more often than was known."""
+        if self.uses is not None:
+            self.uses += 1
 
 
 class Group:
@@ -95,7 +143,36 @@ class Group:
         self.handle = self.tensors = self.versions = None
         self.absent = ()
         for gradient in self.gradients:
-            gradient.left = passes
+            gradient.expect(passes)
+
+    def check_complete(self, passes):
+        """Refuses to send p.grad of a gradient that came and was changed or taken away since.
+
+        Raises:
+            AssertionError, RuntimeError: as `check_untouched`.
+        """
+        for gradient in self.gradients:
+            present = gradient.parameter.grad
+            if present is None and gradient.has_come(passes):
+                raise AssertionError(f"{ZEROED_IN_FLIGHT} (parameter {gradient.name!r})")
+            if present is not None and gradient.version not in (None, present._version):
+                raise RuntimeError(CHANGED_IN_FLIGHT.format(gradient.name))
+
+    def check_untouched(self):
+        """Refuses to go on if p.grad was changed while it is FLYING: nobody knows which bytes were sent.
+
+        Raises:
+            AssertionError: zero_grad() or the like took it away.
+            RuntimeError: it was changed in place, or replaced.
+        """
+        for index, (parameter, tensor, version) in enumerate(zip(self.parameters, self.tensors, self.versions)):
+            present = parameter.grad
+            if present is tensor and tensor is not None and tensor._version == version or index in self.absent:
+                continue
+            name = self.gradients[index].name
+            if present is None:
+                raise AssertionError(f"{ZEROED_IN_FLIGHT} (parameter {name!r})")
+            raise RuntimeError(CHANGED_IN_FLIGHT.format(name))
 
     def fits(self):
         """Whether the parameters are still of the dtype and size that the group was made for."""

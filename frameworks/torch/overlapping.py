@@ -129,6 +129,7 @@ class Overlapping(Waiting):
     def _whole(self, closure=None):
         if closure is None:
             self.exchange.synchronize()
+            self.exchange.end_step()
         else:
             self._say("step(closure) computes gradients itself")
         self._updating = True
@@ -228,14 +229,14 @@ class Overlapping(Waiting):
 
     def _settle(self):
         """Gradients are about to be seen: those on their way are waited for."""
-        if self.exchange.flying and not in_backward():
+        if self.exchange.begun and not in_backward():
             self._release()
             self.finish_updates()  # of groups that this forward has not needed
-            self.exchange.synchronize()
+            self.exchange.synchronize(looked=True)
 
     def _before_gradient(self, parameter):
         """Somebody reads p.grad."""
-        if self.exchange.flying and not self.gates.is_listing:
+        if self.exchange.begun and not self.gates.is_listing:
             if in_backward() and self.gates.member_of[parameter].group.phase is Phase.FLYING:
                 raise RuntimeError(
                     f"the gradient of {self.gates.member_of[parameter].name!r} was read within backward, while it was "
@@ -256,7 +257,7 @@ class Overlapping(Waiting):
         try:
             yield
         finally:
-            if self.exchange.flying:
+            if self.exchange.begun:
                 self._guard()
             for group in self.gates.pending:
                 self.guards.guard(group.parameters)

@@ -1,6 +1,7 @@
-"""Which gradients existed on any rank in a step, and whether a rank wants new groups: one small operation per step.
+"""What every rank tells all others in each step, in one small operation: which gradients it had, and how it made the step.
 
-Nobody waits for it but who needs it: the counts, where this rank had no gradient; the wish, one step later.
+Nobody waits for it but who needs it: the counts, where this rank had no gradient; all the rest, one step later. This file
+knows numbers; what they mean for groups and parameters is for others to say.
 """
 
 import torch
@@ -10,6 +11,10 @@ from commlib.torch.tensors import buffer_of
 
 # The numbers of steps of all ranks are added up in an int32.
 _STEPS = 1 << 12
+# Counts of two kinds in one number: how many ranks had a gradient, and above, on how many its parameter is frozen.
+_FROZEN = 1 << 15
+
+_WISHES, _LOOKERS, _STEPS_MADE = -3, -2, -1
 
 
 class Presence:
@@ -21,55 +26,66 @@ class Presence:
 
     Attributes:
         handle: of the operation that was sent last; None: there was none.
+        steps, frozen: what this rank told in it.
     """
 
     def __init__(self, communicator, name):
         self._communicator = communicator
         self._name = name
         self._counts = self._buffer = self.handle = None
-        self._steps = 0
+        self.steps, self.frozen = 0, []
 
-    def wanted(self):
-        """Whether a rank wanted new groups in the last step; its operation is done when that step's gradients are."""
-        return self.handle is not None and bool(self._landed()[-2])
-
-    def check_steps(self):
-        """Looks whether all ranks had made the same steps when they sent this last.
-
-        Raises:
-            RuntimeError: they had not, so their weights differ.
-        """
-        if self.handle is not None and self._landed()[-1] != self._steps * self._communicator.size:
-            raise RuntimeError(
-                f"ranks have made different numbers of steps, so their weights differ; this one had made {self._steps} (modulo "
-                f"{_STEPS}). A step must be skipped by all ranks or by none: after an exception on one rank it still has to "
-                "call step()"
-            )
-
-    def send(self, count, absent, wants, steps):
+    def send(self, count, absent, frozen, *, wants, looked, steps):
         """Tells all ranks about this one's step.
 
         Args:
             count: how many gradients there are.
             absent: numbers of those that this rank did not have.
+            frozen: numbers of those whose parameters require no gradient here.
             wants: whether this rank wants new groups.
+            looked: whether somebody is about to see reduced gradients before step() takes them.
             steps: how many steps this rank has made.
         """
         self._landed()
-        if self._counts is None or len(self._counts) != count + 2:
-            self._counts = torch.empty(count + 2, dtype=torch.int32)
+        if self._counts is None or len(self._counts) != count + 3:
+            self._counts = torch.empty(count + 3, dtype=torch.int32)
             self._buffer = buffer_of(self._counts)
         self._counts.fill_(1)
-        for number in (*absent, *(() if wants else (count,))):
+        for number in absent:
             self._counts[number] = 0
-        self._counts[-1] = self._steps = steps % _STEPS
+        for number in frozen:
+            self._counts[number] += _FROZEN
+        self.steps, self.frozen = steps, frozen
+        self._counts[_WISHES:] = torch.tensor([wants, looked, steps % _STEPS], dtype=torch.int32)
         self.handle = self._communicator.allreduce_async_(
             self._buffer, name=self._name, op=commlib.Sum, overlapped=True
         )
 
+    # ---- what the step that was sent last was like
+
     def anywhere(self, number):
-        """Whether any rank had this gradient in the step that was sent last."""
-        return bool(self._landed()[number])
+        """Whether any rank had this gradient."""
+        return bool(self._landed()[number] % _FROZEN)
+
+    def wanted(self):
+        """Whether a rank wanted new groups; the operation is done when that step's gradients are."""
+        return self.handle is not None and bool(self._landed()[_WISHES])
+
+    def is_seen_by_some(self):
+        """Whether reduced gradients were seen on some ranks and not on others before step() took them."""
+        return 0 < int(self._landed()[_LOOKERS]) < self._communicator.size
+
+    def differs(self):
+        """Whether ranks had made different numbers of steps, had frozen different parameters or seen different gradients."""
+        if self.handle is None:
+            return False
+        same_steps = int(self._landed()[_STEPS_MADE]) == self.steps % _STEPS * self._communicator.size
+        return not same_steps or self.frozen_differ() or self.is_seen_by_some()
+
+    def frozen_differ(self):
+        """Whether a parameter was frozen on some ranks and not on others."""
+        on_how_many = self._landed()[:_WISHES] // _FROZEN
+        return bool(((on_how_many > 0) & (on_how_many < self._communicator.size)).any())
 
     def _landed(self):
         if self.handle is not None:

@@ -4,8 +4,6 @@ A rank that used no row sends none. So all ranks must know which gradients are s
 step ends, before such a gradient is sent for the first time.
 """
 
-import json
-
 import torch
 
 import commlib
@@ -16,33 +14,40 @@ from commlib.torch.tensors import buffer_of, check_tensor, tensor_of
 class SparseSet:
     """Which gradients of an exchange are sparse, as far as all ranks know.
 
+    Args:
+        as_dense: none of them: they are made dense.
+
     Attributes:
         dims: number of a gradient -> its sparse dimensions.
         is_agreed: False: gradients came that the ranks have not spoken about.
     """
 
-    def __init__(self):
+    def __init__(self, as_dense):
         self.dims = {}
         self.is_agreed = False
-        self._seen = {}
+        self._as_dense = as_dense
 
-    def noticed(self, gradient, tensor):
-        """This rank has a sparse gradient. Returns True if it is to be kept until the ranks agree.
+    def check_dense(self, gradient):
+        """Refuses a sparse gradient that was dense when the ranks agreed.
 
         Raises:
-            ValueError: it was dense when they agreed.
+            ValueError: it is to stay sparse.
         """
-        if self.is_agreed:
+        if not self._as_dense:
             raise ValueError(
                 f"the gradient of {gradient.name!r} is sparse and was dense before: pass sparse_as_dense=True to "
                 "DistributedOptimizer"
             )
-        self._seen[gradient.number] = tensor.sparse_dim()
-        return True
 
-    def agree(self, exchange):
-        """Takes over what any rank noticed; exchange(payload) -> every rank's bytes. Returns the new numbers."""
-        told = [json.loads(payload) for payload in exchange(json.dumps(list(self._seen.items())).encode())]
+    def found(self, gradients):
+        """What this rank has to tell the others: a (number, sparse dimensions) pair for each sparse gradient."""
+        if self._as_dense:
+            return []
+        tensors = [(gradient.number, gradient.parameter.grad) for gradient in gradients]
+        return [(number, tensor.sparse_dim()) for number, tensor in tensors if tensor is not None and tensor.is_sparse]
+
+    def agree(self, told):
+        """Takes over what any rank noticed; `told` is every rank's `found`. Returns the new numbers."""
         new = {number: dim for one in told for number, dim in one if number not in self.dims}
         self.dims.update(new)
         self.is_agreed = True

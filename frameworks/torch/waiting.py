@@ -45,10 +45,11 @@ class Waiting:
         elif self.should_synchronize:
             if self.synchronized:
                 warnings.warn(STEP_AFTER_SYNCHRONIZE, stacklevel=4)
-            self.synchronize()
-        elif self.exchange.flying:
+            self.exchange.synchronize()
+        elif self.exchange.begun:
             raise RuntimeError("step() within skip_synchronize(), but gradients are on their way: synchronize() first")
         self.synchronized = False
+        self.exchange.end_step()
         result = self.whole_step() if closure is None else self.whole_step(closure)
         self.exchange.rest()
         self.exchange.steps += 1
@@ -67,6 +68,7 @@ class Waiting:
             if not self.exchange.gradients:
                 return loss
             self._reduce_now()
+            self.exchange.end_step()
             if loss is None:
                 return None
             total = torch.as_tensor(loss, dtype=None if torch.is_tensor(loss) else torch.float64).detach().clone()
@@ -87,12 +89,12 @@ class Waiting:
 
     def synchronize(self):
         """Waits for all gradients; p.grad holds the reduced ones."""
-        self.exchange.synchronize()
+        self.exchange.synchronize(looked=True)
         self.synchronized = True
 
     def forget(self):
         """zero_grad() or load_state_dict(): gradients that were reduced but not used are of no more interest."""
-        self.exchange.check_not_flying()
+        self.exchange.check_not_begun()
         self.exchange.rest()
         self.synchronized = False
 

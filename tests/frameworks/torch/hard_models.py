@@ -197,6 +197,22 @@ class Reentrant(Checkpointed):
     use_reentrant = True
 
 
+class Repeated(nn.Module):
+    """One block in several reentrant checkpoints and once outside of them: its gradient comes in pieces."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(WIDTH, CLASSES)
+        self.block = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+        self.first = nn.Linear(INPUTS, WIDTH)
+
+    def forward(self, x):
+        hidden = self.block(self.first(x))
+        for _ in range(3):
+            hidden = checkpoint(self.block, hidden, use_reentrant=True)
+        return self.last(self.block(hidden))
+
+
 class Parametrized(nn.Module):
     """Weights computed from other parameters at every read, in all the ways torch has."""
 
@@ -351,8 +367,8 @@ def loose(trainer):
 # Cases in which one process with all rows learns the same up to rounding.
 CASES = {
     **{model.__name__: trained(model) for model in (
-        Tied, Shared, Unrolled, Recurrent, Attention, ByAttribute, Captured, Frozen, Checkpointed, Reentrant, Images, Lazy,
-        Parametrized, Complex, Overlaid, HalfPrecision, Float16, Transposed,
+        Tied, Shared, Unrolled, Recurrent, Attention, ByAttribute, Captured, Frozen, Checkpointed, Reentrant, Repeated, Images,
+        Lazy, Parametrized, Complex, Overlaid, HalfPrecision, Float16, Transposed,
     )},
     **{model.__name__: trained(model, whole_batch) for model in (ByRank, ByStep, ByBoth)},
     "hidden": hidden,

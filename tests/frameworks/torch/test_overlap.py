@@ -246,7 +246,7 @@ def test_priorities_are_the_order_of_first_use():
 
 def test_rank_0_decides_the_priorities():
     model = make(Net)
-    communicator = DoubleCommunicator(rank_0_says=b'{"measured": [6, 5, 4, 3, 2, 1, 0], "apart": []}')
+    communicator = DoubleCommunicator(rank_0_says=b'{"measured": [6, 5, 4, 3, 2, 1, 0], "apart": [], "frozen": []}')
     optimizer = distribute(torch.optim.SGD(model.parameters(), lr=0.1), communicator, model)
     train(model, optimizer, batches(1, rows=4))
     assert list(optimizer.priorities.values()) == [6, 5, 4, 3, 2, 1, 0]
@@ -284,6 +284,11 @@ def test_accumulation_sends_after_the_last_pass():
     communicator = DoubleCommunicator()
     optimizer = distribute(torch.optim.SGD(model.parameters(), lr=0.1), communicator, model, passes=2)
     assert optimizer.backward_passes_per_step == 2
+    for _ in range(2):
+        model(torch.ones(2, 6)).sum().backward()
+        assert communicator.submitted == []  # the first step measures how often a gradient arrives in one pass
+    optimizer.step()
+    communicator.submitted.clear()
     model(torch.ones(2, 6)).sum().backward()
     assert communicator.submitted == []
     model(torch.ones(2, 6)).sum().backward()
