@@ -55,6 +55,7 @@ class Communicator:
         self.host_sizes = tuple(topology.hosts.count(host) for host in range(max(topology.hosts) + 1))
         self.control = Control(self.exchange, self.rank, self.size)
         self.timeline = None
+        self._before_close = []
 
     # ---- allreduce -------------------------------------------------------------------------------------------
 
@@ -378,8 +379,23 @@ class Communicator:
             self.timeline = self._submitter.flight.timeline = None
             timeline.finish(partial(self.exchange, name="timeline", timeout_s=timeout_s))
 
+    def on_close(self, callback):
+        """Has callback() called when this rank is about to leave the group, while operations still work; the last one first.
+
+        In a forked child, which has nothing to leave, it is not called.
+
+        Example:
+            >>> import commlib
+            >>> commlib.init().on_close(lambda: print("leaving"))
+            >>> commlib.shutdown()
+            leaving
+        """
+        self._before_close.append(callback)
+
     def close(self):
         """Leaves the group. What is in flight fails with ShutdownError; other ranks learn that this one left."""
+        while self._before_close and not self._engine.forked:
+            self._before_close.pop()()
         if self.timeline is not None and not self._engine.forked:
             try:
                 self.stop_timeline(timeout_s=_LINGER_MS / 1000)

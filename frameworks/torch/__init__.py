@@ -10,12 +10,11 @@ Names, arguments and defaults are Horovod's: `import commlib.torch as hvd` runs 
 import commlib
 from commlib import (
     Average, CommlibError, Max, Min, Product, Sum, cross_rank, cross_size, is_homogeneous, is_initialized, local_rank,
-    local_size, rank, size, stop_timeline,
+    local_size, rank, shutdown, size, stop_timeline,
 )  # fmt: skip
 from commlib.torch.collectives import (
     allgather, allreduce, allreduce_, alltoall, barrier, broadcast, broadcast_, reducescatter,
 )  # fmt: skip
-from commlib.torch.landing import shutdown
 from commlib.torch.limits import Adasum, Compression, ProcessSet, global_process_set
 from commlib.torch.operations import (
     allgather_async, allreduce_async, allreduce_async_, alltoall_async, broadcast_async, broadcast_async_, poll,

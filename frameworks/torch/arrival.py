@@ -40,3 +40,8 @@ class Arrival:
         """The parameter belongs to a newer exchange now."""
         self.exchange.superseded_by = self.gradient.name
         self._registration.remove()
+
+
+def is_tracked(parameter):
+    """Whether a gradient of this parameter reaches an exchange."""
+    return any(isinstance(hook, Arrival) for hook in (parameter._post_accumulate_grad_hooks or {}).values())

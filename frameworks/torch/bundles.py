@@ -4,6 +4,7 @@ The optimizer is the user's own, of whatever class: for the time of one call its
 no others, with hyper-parameters as they were at step(). Whether that equals a whole step is for probe.py to find out.
 """
 
+import copy
 from contextlib import contextmanager
 
 import torch
@@ -21,11 +22,14 @@ def as_users_own(optimizer, real_class):
 
 
 def snapshot(param_groups):
-    """The hyper-parameters of every group as they are now; tensors are cloned, `params` left out."""
-    return [
-        {key: value.clone() if torch.is_tensor(value) else value for key, value in group.items() if key != "params"}
-        for group in param_groups
-    ]
+    """The hyper-parameters of every group as they are now; what can be changed in place is copied, `params` left out."""
+    return [{key: _kept(value) for key, value in group.items() if key != "params"} for group in param_groups]
+
+
+def _kept(value):
+    if torch.is_tensor(value):
+        return value.clone()
+    return copy.deepcopy(value) if type(value) in (list, dict) else value
 
 
 def group_indices(param_groups):

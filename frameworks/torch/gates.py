@@ -46,6 +46,9 @@ class Gates:
         self.read = set()
         self.listing = listing
         self.is_listing = False
+        self.replaced = []  # members that somebody has taken out of a module's dict
+        self._model = None
+        self._others = set()  # what the model had beside the members when gates were installed
         self._removals = []
         self._regions = set()  # compiled modules with a gate at their entry
         self._dicts = []  # the gated modules' dicts of parameters
@@ -111,6 +114,8 @@ class Gates:
             ValueError: a module has gates of another optimizer that owns parameters which this one does not.
         """
         self.member_of = member_of
+        self._model = model
+        self._others = {id(parameter) for parameter in _parameters_in(model).values() if parameter not in member_of}
         gated = set()
         inside = set()
         for region in compiled_regions(model):
@@ -137,7 +142,8 @@ class Gates:
     def _gate_module(self, module):
         parameters = module._parameters
         if isinstance(parameters, GatedParameters):
-            if any(parameter not in self.member_of for parameter in parameters.gates.member_of):
+            still = set(_parameters_in(self._model).values())
+            if any(parameter in still and parameter not in self.member_of for parameter in parameters.gates.member_of):
                 raise ValueError(
                     f"{type(module).__name__} already has gates of another DistributedOptimizer, which owns parameters "
                     "that this one does not: use one optimizer with several parameter groups, or named_parameters="
@@ -148,6 +154,19 @@ class Gates:
         self._removals.append(lambda: setattr(module, "_parameters", dict(module._parameters)))
         if not _reads_by_attribute(module):
             self._removals.append(module.register_forward_pre_hook(_Gate(self), prepend=True).remove)
+
+    def gone(self):
+        """Members that were taken out of a module and are nowhere in the model any more."""
+        still = set(_parameters_in(self._model).values())
+        return [parameter for parameter in self.replaced if parameter not in still]
+
+    def new_names(self, is_known):
+        """Names of parameters that are trained, came into the model after the gates, and are not known to is_known(p)."""
+        return [
+            name for name, parameter in _parameters_in(self._model).items()
+            if parameter.requires_grad and parameter not in self.member_of and id(parameter) not in self._others
+            and not is_known(parameter)
+        ]  # fmt: skip
 
     def remove(self):
         """Finishes what is pending and makes the modules ordinary again."""
@@ -169,6 +188,23 @@ class GatedParameters(dict):
 
     def get(self, name, default=None):
         return self[name] if name in self else default
+
+    def __setitem__(self, name, parameter):
+        self._leaves(name, parameter)
+        super().__setitem__(name, parameter)
+
+    def __delitem__(self, name):
+        self._leaves(name)
+        super().__delitem__(name)
+
+    def pop(self, name, *default):
+        self._leaves(name)
+        return super().pop(name, *default)
+
+    def _leaves(self, name, for_parameter=None):
+        parameter = super().get(name)
+        if parameter is not None and parameter is not for_parameter and parameter in self.gates.member_of:
+            self.gates.replaced.append(parameter)
 
     def items(self):
         self.gates.before_read_all(super().values())
@@ -194,6 +230,16 @@ class WatchingParameters(GatedParameters):
         parameter = super().__getitem__(name)
         self.gates.before_read(parameter)
         return parameter
+
+
+def _parameters_in(model):
+    """Name -> parameter, without asking any gate."""
+    return {
+        f"{prefix}.{name}" if prefix else name: parameter
+        for prefix, module in model.named_modules()
+        for name, parameter in dict.items(module._parameters)
+        if isinstance(parameter, torch.Tensor)
+    }
 
 
 def _reads_by_attribute(module):

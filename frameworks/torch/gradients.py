@@ -94,6 +94,7 @@ class GradientExchange:
         if self._presence is None:
             self._presence = Presence(self.communicator, f"{self.prefix}presence of {name}")
         self.asleep.append(gradient)
+        self._closed = False  # it may have a gradient already, and all others have been waited for
         if parameter.requires_grad:
             self._wake(gradient)
         return gradient

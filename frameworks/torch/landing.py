@@ -18,36 +18,63 @@ LANDING_S = 60.0
 _log = logging.getLogger("commlib.torch")
 
 
-def watch(communicator, exchange):
-    """Lets this exchange's gradients land before the communicator is closed by `shutdown` or the end of the program."""
-    if not hasattr(communicator, "exchanges"):
-        communicator.exchanges = weakref.WeakSet()
-        # The last one registered runs first: before the session's own, which closes the communicator.
-        atexit.unregister(_at_exit)
-        atexit.register(_at_exit)
-    communicator.exchanges.add(exchange)
+# Communicator -> its Landing. Who is gone takes it along.
+_landings = weakref.WeakKeyDictionary()
 
 
-def land(communicator, limit_s=LANDING_S):
-    """Waits until nothing of this rank's gradients is on its way, or it is hopeless."""
-    deadline_s = time.monotonic() + limit_s
-    for exchange in list(getattr(communicator, "exchanges", ())):
-        try:
-            exchange.land(deadline_s)
-        except (commlib.CommlibError, TimeoutError) as error:
-            _log.info("commlib: left with gradients on their way: %s", error)
-            return
+def landing_of(communicator):
+    """The Landing of a communicator."""
+    if communicator not in _landings:
+        _landings[communicator] = Landing(communicator)
+    return _landings[communicator]
 
 
-def shutdown():
-    """Leaves the other ranks, once gradients that are on their way have arrived. Does nothing without init()."""
-    if commlib.is_initialized():
-        land(commlib.communicator())
-    commlib.shutdown()
+class Landing:
+    """What a communicator's optimizers have on their way.
+
+    Args:
+        communicator: before it closes, gradients land, unless the program ends with an exception: then nobody knows what
+            other ranks still wait for, and they are to learn of it soon.
+    """
+
+    def __init__(self, communicator):
+        self._optimizers = 0
+        self._exchanges = weakref.WeakSet()
+        communicator.on_close(self._before_close)
+
+    def number(self):
+        """How many optimizers had been wrapped before this one."""
+        self._optimizers += 1
+        return self._optimizers - 1
+
+    def watch(self, exchange):
+        """This exchange's gradients are to land, too."""
+        self._exchanges.add(exchange)
+
+    def _before_close(self):
+        if not _ending.by_exception:
+            self.land()
+
+    def land(self, limit_s=LANDING_S):
+        """Waits until nothing of this rank's gradients is on its way, or it is hopeless."""
+        deadline_s = time.monotonic() + limit_s
+        for exchange in list(self._exchanges):
+            try:
+                exchange.land(deadline_s)
+            except (commlib.CommlibError, TimeoutError) as error:
+                _log.info("commlib: left with gradients on their way: %s", error)
+                return
 
 
-def _at_exit():
-    # After an exception nobody knows what other ranks still wait for: they are to learn of it soon.
-    failed = getattr(sys, "last_value", None) is not None
-    if commlib.is_initialized() and not failed:
-        land(commlib.communicator())
+class _Ending:
+    """How the program ends."""
+
+    def __init__(self):
+        self.by_exception = False
+        atexit.register(self._at_exit)  # after the session's own, which closes the communicator, and so called before it
+
+    def _at_exit(self):
+        self.by_exception = getattr(sys, "last_value", None) is not None
+
+
+_ending = _Ending()

@@ -11,8 +11,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 import commlib
-from commlib.torch import landing
 from commlib.torch.gradients import GradientExchange
+from commlib.torch.landing import landing_of
 from commlib.torch.limits import Compression, check_compression, check_op, check_process_set, global_process_set
 from commlib.torch.methods import DistributedMethods
 from commlib.torch.naming import Names
@@ -106,14 +106,13 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
         broadcast_parameters([*model.named_parameters(), *model.named_buffers(), *loose], root_rank=0)
         broadcast_optimizer_state(optimizer, root_rank=0)
         share = partial(broadcast_parameters, root_rank=0)
-    landing.watch(communicator, exchange)
+    landing_of(communicator).watch(exchange)
     return wrap(optimizer, exchange, names, model, overlap_forward, share)
 
 
 def prefix_of(communicator):
     """What goes before the names of the next optimizer's operations: nothing for the first of a communicator."""
-    number = getattr(communicator, "optimizers_wrapped", 0)
-    communicator.optimizers_wrapped = number + 1
+    number = landing_of(communicator).number()
     return f"optimizer {number}." if number else ""
 
 

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from commlib.torch.arrival import is_tracked
 from commlib.torch.bundles import as_users_own, group_indices, groups_of, snapshot, step_groups
 from commlib.torch.gates import Gates
 from commlib.torch.groups import Phase
 from commlib.torch.guards import Guards
+from commlib.torch.options import Options
 from commlib.torch.probe import reason_to_wait
 from commlib.torch.regions import scripted_parameters
 from commlib.torch.waiting import Waiting
@@ -41,6 +43,7 @@ class Overlapping(Waiting):
         self._updating = False
         self._snapshots = None  # hyper-parameters at the last step()
         self._index_of = {}
+        self._options = Options()
         self._ungated = set()  # gradients whose parameters are read without anybody noticing
         # torch.compile is to let this code alone where a function that calls gated modules is compiled.
         self.gates = Gates(torch.compiler.disable(self.open), torch.compiler.disable(self._settle), self._unguarded)
@@ -81,6 +84,8 @@ class Overlapping(Waiting):
     def step(self, closure=None):
         """Claims all gradients and returns; or, with a reason to wait, makes the whole step."""
         self.exchange.check_complete(self.optimizer.param_groups)
+        if self.gates.replaced:
+            self._check_replaced()
         self._release()
         self.finish_updates()  # of parameters that nobody has read since the last step
         self.account()  # of the last step, whose waits came after it
@@ -92,9 +97,25 @@ class Overlapping(Waiting):
             self._regroup()
         return result
 
+    def _check_replaced(self):
+        """Somebody has put other parameters into modules: that is well if the optimizer trains them."""
+        gone = self.gates.gone()
+        new = self.gates.new_names(is_tracked) if gone else []
+        if not new:
+            self.gates.replaced.clear()
+        else:
+            raise RuntimeError(
+                f"parameter {self.gates.member_of[gone[0]].name!r}, which the optimizer trains, is no longer in the model; "
+                f"{new[0]!r}, which is, is trained by nobody. load_state_dict(assign=True), weight_norm and assignments "
+                "replace parameters: do that before you make the optimizer and its DistributedOptimizer, or pass the new "
+                "ones to optimizer.add_param_group(...)"
+            )
+
     def _may_put_off(self):
         if not self.exchange.first_use.cohorts:
             return False  # the first step: there are no groups yet
+        if self._options.have_turned(self.optimizer.param_groups):
+            self.probe_again()
         if not self._probed:
             self._probe()
         hooks = (self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks,

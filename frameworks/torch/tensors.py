@@ -31,6 +31,9 @@ def check_tensor(tensor, what):
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{what} needs a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.device.type == "meta":
+        raise ValueError(f"{what}: the tensor is on the meta device and has no values: model.to_empty(device='cpu'), load or "
+                         "initialise its weights, and then make the optimizer")  # fmt: skip
     if tensor.device.type != "cpu":
         raise ValueError(f"{what}: the tensor is on {tensor.device}; only CPU tensors are supported yet (use .cpu())")
     if tensor.layout is not torch.strided:

@@ -63,9 +63,13 @@ def scheduled(make_scheduler, before):
 
 
 def options_by_hand(trainer):
-    """Options written straight into the groups, between backward and step and after it."""
+    """Options written straight into the groups, between backward and step and after it; some change how a step is made."""
     model, optimizer = trainer.start(Small)
-    for step in range(6):
+    changes = {3: {"momentum": 0.0, "betas": (0.5, 0.9)}, 4: {"momentum": 0.7, "nesterov": True},
+               5: {"foreach": True, "maximize": True}, 6: {"foreach": None, "fused": True}, 7: {"fused": None}}  # fmt: skip
+    for step in range(9):
+        known = {name: value for name, value in changes.get(step, {}).items() if name in optimizer.defaults}
+        optimizer.param_groups[0].update(known)
         optimizer.zero_grad()
         trainer.loss(model, step).backward()
         for group in optimizer.param_groups:
@@ -219,6 +223,19 @@ def groups_added(trainer):
     return tensors_of(model)
 
 
+def groups_added_in_flight(trainer):
+    """A layer is given to the optimizer between backward and step, with the gradient that it has."""
+    model = trainer.model(Small)
+    optimizer = trainer.wrap(trainer.make_optimizer([*model.last.parameters(), *model.middle.parameters()]), model)
+    for step in range(6):
+        optimizer.zero_grad()
+        trainer.loss(model, step).backward()
+        if step == 3:
+            optimizer.add_param_group({"params": list(model.first.parameters()), "lr": 0.02})
+        optimizer.step()
+    return tensors_of(model)
+
+
 def many_groups(trainer):
     """Options per layer; biases without decay."""
     model = trainer.model(Small)
@@ -351,8 +368,8 @@ WITH_ALL_OPTIMIZERS = {
     },
     **{
         case.__name__: case
-        for case in (options_by_hand, closure, equal_names, one_model, adversaries, groups_added, many_groups, rolled_back,
-                     copies)
+        for case in (options_by_hand, closure, equal_names, one_model, adversaries, groups_added, groups_added_in_flight,
+                     many_groups, rolled_back, copies)
     },
 }  # fmt: skip
 # ---- sparse gradients

@@ -31,7 +31,7 @@ def sums(outcomes):
     return {line for _, output in outcomes for line in output.splitlines() if line.startswith("sum")}
 
 
-@pytest.mark.parametrize("end", ["", "sys.exit(0)", "comm.shutdown()", "del optimizer, model"])
+@pytest.mark.parametrize("end", ["", "sys.exit(0)", "comm.shutdown()", "commlib.shutdown()", "del optimizer, model"])
 def test_ranks_that_have_nothing_left_to_do_leave_their_gradients_behind(end):
     script = HEAD + f"""
 if rank != 0:

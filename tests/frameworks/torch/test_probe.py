@@ -125,3 +125,65 @@ def test_step_hooks_see_whole_steps():
     train(model, optimizer, batches(3, rows=4))
     assert len(seen) == 3
     assert optimizer.report()["overlap"] == "backward"
+
+
+class NormWithMomentum(GlobalNorm):
+    """Scales by a norm over all parameters, but only where there is momentum."""
+
+    def step(self, closure=None):
+        if self.param_groups[0]["momentum"]:
+            return super().step(closure)
+        return torch.optim.SGD.step(self, closure)
+
+
+def test_an_option_of_another_kind_is_a_reason_to_probe_again():
+    data = batches(8, rows=4)
+    plain, wrapped = make(Plain), make(Plain)
+    for model in (plain, wrapped):
+        optimizer = NormWithMomentum(model.parameters(), lr=0.1)
+        if model is wrapped:
+            optimizer = distribute(optimizer, DoubleCommunicator(), model)
+        train(model, optimizer, data[:4])
+        if model is wrapped:
+            assert optimizer.report()["overlap"] == "backward and forward"
+        optimizer.param_groups[0]["momentum"] = 0.9
+        train(model, optimizer, data[4:])
+    assert optimizer.report()["overlap"] == "backward"
+    first, second = weights(plain), weights(wrapped)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("option, value, probes", [
+    ("lr", 0.2, False), ("lr", 0.0, True), ("betas", (0.8, 0.9), False), ("betas", (0.0, 0.9), True), ("weight_decay", 0.5, True),
+    ("fused", True, True), ("maximize", True, True), ("my_own", None, True), ("lr", torch.tensor(0.1), True),
+])  # fmt: skip
+def test_which_options_are_probed_again(monkeypatch, option, value, probes):
+    model = make(Plain)
+    optimizer = distribute(torch.optim.Adam(model.parameters(), lr=0.1), DoubleCommunicator(), model)
+    train(model, optimizer, batches(3, rows=4))
+    calls = []
+    monkeypatch.setattr("commlib.torch.overlapping.reason_to_wait", lambda *args: calls.append(1))
+    train(model, optimizer, batches(1, rows=4))
+    assert not calls
+    optimizer.param_groups[0][option] = value
+    train(model, optimizer, batches(2, rows=4))
+    assert len(calls) == probes
+
+
+def test_an_option_changed_in_place_belongs_to_the_next_step():
+    results = []
+    for is_wrapped in (False, True):
+        model = make(Plain)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        optimizer.param_groups[0]["betas"] = [0.9, 0.999]
+        if is_wrapped:
+            optimizer = distribute(optimizer, DoubleCommunicator(), model)
+
+        def change():
+            optimizer.param_groups[0]["betas"][0] *= 0.5  # noqa: B023 (used at once)
+
+        train(model, optimizer, batches(5, rows=4), change)
+        results.append(weights(model))
+    for name in results[0]:
+        assert torch.equal(results[0][name], results[1][name]), name
