@@ -327,8 +327,11 @@ def connect_tcp(store: Store, key: bytes, peers: Sequence[int], facts: Sequence[
         store.set(f"tcp/{store.rank}", json.dumps(mine).encode())
         lower = [peer for peer in peers if peer < store.rank]
         answers = store.get_all([f"tcp/{peer}" for peer in lower])
-        places = {peer: _places(store, peer, json.loads(answer), facts) for peer, answer in zip(lower, answers)}
-        dials = {peer: functools.partial(dial, places[peer], deadline, store, store.check) for peer in lower}
+        own = {tuple(offer) for offer in mine}
+        dials = {}
+        for peer, answer in zip(lower, answers):
+            offers = [offer for offer in json.loads(answer) if tuple(offer) not in own]  # equal addresses on two hosts: that's us
+            dials[peer] = functools.partial(_call, _places(store, peer, offers, facts, bool(interfaces)), store, deadline)
         incoming = {peer for peer in peers if peer > store.rank}
         shaken = shake(store, key, [sock for _, sock in listeners], dials, incoming, deadline)
     return {peer: connection.sock for peer, connection in shaken.items()}
@@ -359,15 +362,24 @@ def _listen(own: Sequence[Address], ports: Optional[Tuple[int, int]], backlog: i
     return listeners
 
 
-def _places(store: Store, peer: int, published: Sequence[Sequence], facts: Sequence[dict]) -> List[Place]:
+def _places(store: Store, peer: int, published: Sequence[Sequence], facts: Sequence[dict], chosen: bool) -> List[Place]:
     """Where a peer may be reached, best first. A loopback address means something only on its own host."""
     same_host = facts[peer]["host"] == facts[store.rank]["host"]
     offers = [(interface, ip, port) for interface, ip, port in published if same_host or not _is_loopback(ip)]
-    store_ip = store.route()[1] if peer == 0 and store.owner == "rank 0" else None
+    store_ip = store.route()[1] if peer == 0 and store.owner == "rank 0" and not chosen else None
     offers.sort(key=lambda offer: offer[1] != store_ip)  # where the store answered, rank 0 lives
     if store_ip and offers and offers[0][1] != store_ip and not _is_loopback(store_ip):
         offers.append(("", store_ip, offers[0][2]))  # a host that does not know its own outer address
     return [address.place(port) for interface, ip, port in offers for address in reached_from_here(interface, ip)]
+
+
+def _call(places: List[Place], store: Store, deadline: float) -> socket.socket:
+    """Connects to a peer. The place goes to the end: if that was not the peer, the others come before it next time."""
+    sock = dial(places, deadline, store, store.check)
+    for place in [place for place in places if place.address[:2] == sock.getpeername()[:2]]:
+        places.remove(place)
+        places.append(place)
+    return sock
 
 
 def _is_loopback(address: str) -> bool:

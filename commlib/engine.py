@@ -105,6 +105,11 @@ class Engine:
         for peer in peers:
             _check(lib.cl_mpi_attach(self.pointer, peer))
 
+    def name_hosts(self, names):
+        """Every rank's host name, for errors that name a rank; before `start`."""
+        for rank, name in enumerate(names):
+            _check(lib.cl_engine_name_host(self.pointer, rank, new_text(name)))
+
     # ---- life ------------------------------------------------------------------------------------------------
 
     def start(self):

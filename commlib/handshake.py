@@ -27,6 +27,7 @@ from commlib.rendezvous_wire import spell_ranks
 NEWS_S = 2.0  # how long the store gets to say why a peer hung up, before this rank guesses
 _CONFIRMATION = b"+"
 _MAX_DESCRIPTORS = 8
+_SILENT_S = 5.0   # after that a peer is called again, elsewhere if it has more addresses: something else may listen there
 _REDIAL_S = 0.05  # a listener that is flooded by strangers may have closed us for one of them
 
 Dial = Callable[[], socket.socket]
@@ -64,6 +65,7 @@ class _Outgoing(_Half):
     def __init__(self, sock: socket.socket, key: bytes, claim: Claim):
         super().__init__(sock)
         self.peer, self.calling = claim.listener, Calling(key, claim)
+        self.silent_until = time.monotonic() + _SILENT_S
         self.wanted, self.hear = NONCE_NBYTES, self.hear_challenge
 
     def hear_challenge(self, shaking: _Shaking, challenge: bytes) -> None:
@@ -149,6 +151,7 @@ class _Shaking:
         self.redials: Dict[int, float] = {}       # peer that hung up -> when to call it again
         self.hung_up: Dict[int, Tuple[str, float]] = {}  # peer -> why, and until when somebody may explain it better
         self.halves: Set[_Half] = set()
+        self.outgoing: Set[_Outgoing] = set()     # those of the halves that we called
         self.done: Dict[int, Shaken] = {}
         self.strangers = Strangers(f"rank {store.rank}", len(incoming))
         self.selector = selectors.DefaultSelector()
@@ -172,7 +175,8 @@ class _Shaking:
             reason = self.hung_up[missing[0]][0] if self.hung_up else "no answer until the time-out"
             text = f"rank {self.store.rank} could not connect to rank {spell_ranks(missing)}: {reason}"
             raise StartError(text, rank=missing[0])
-        until = min([limit, self.strangers.next_deadline(), *self.redials.values()])
+        until = min([limit, self.strangers.next_deadline(), *self.redials.values(),
+                     *(half.silent_until for half in self.outgoing)])
         for key, _ in self.selector.select(max(0.0, until - time.monotonic())):
             if key.fileobj is self.store:
                 self.store.check()
@@ -182,7 +186,11 @@ class _Shaking:
                 self.read(key.data)
         for stranger in self.strangers.expired():
             self.lose(stranger, "it has not proven in time that it belongs to the job")
-        for peer in [peer for peer, when in self.redials.items() if when <= time.monotonic()]:
+        now = time.monotonic()
+        for half in [half for half in self.outgoing if half.silent_until <= now]:
+            self.drop(half)
+            self.redials[half.peer] = now
+        for peer in [peer for peer, when in self.redials.items() if when <= now]:
             del self.redials[peer]
             self.call(peer)
 
@@ -196,7 +204,9 @@ class _Shaking:
                 f"rank {self.store.rank} cannot connect to rank {peer} ({error}): open the firewall between the hosts, or "
                 "name a network that leads from each to each with COMMLIB_NETWORK_INTERFACES on every rank", peer
             ) from None
-        self.begin(_Outgoing(sock, self.key, Claim(self.store.rank, peer)))
+        half = _Outgoing(sock, self.key, Claim(self.store.rank, peer))
+        self.outgoing.add(half)
+        self.begin(half)
 
     def accept(self, listener: socket.socket) -> None:
         try:
@@ -274,17 +284,23 @@ class _Shaking:
         for waiting in (self.calling, self.incoming):
             waiting.discard(half.peer)
         self.hung_up.pop(half.peer, None)
-        self.selector.unregister(half.sock)
-        self.halves.discard(half)
+        self.forget(half)
         self.done[half.peer] = Shaken(half.sock, half.descriptors)
 
     def lose(self, half: _Half, reason: str) -> None:
         if half in self.halves:
-            self.strangers.forget(half)
-            self.selector.unregister(half.sock)
-            self.halves.discard(half)
-            half.close()
+            self.drop(half)
             half.ended(self, reason)
+
+    def drop(self, half: _Half) -> None:
+        self.forget(half)
+        half.close()
+
+    def forget(self, half: _Half) -> None:
+        self.strangers.forget(half)
+        self.selector.unregister(half.sock)
+        self.halves.discard(half)
+        self.outgoing.discard(half)
 
     def hang_up(self, peer: int, reason: str) -> None:
         """A peer's death the store knows better, so it gets a moment to tell; if it lives, it is called again meanwhile."""

@@ -124,6 +124,8 @@ def _link(engine, placement, settings, backend, generation, timeout_s, comm):
         if mismatch is None:
             library = None if comm is None else store.library(engine)
             topology = connect(placement, store, engine, settings.transport, library)
+            if len(set(topology.hosts)) > 1:
+                engine.name_hosts(topology.names)
             engine.start()
     # Outside the store: every rank has seen the same and raises for itself, so none need abort the others.
     if mismatch is not None:

@@ -41,7 +41,8 @@ class Settings:
         inflight_nbytes: bytes posted to one link and not yet sent, at most: what an urgent tensor waits for.
         spin_us: a waiting caller polls this long before it blocks.
         heartbeat_ms: how often an idle tcp link says that it lives.
-        lost_ms: a tcp link silent for this long is lost.
+        lost_ms: a tcp link silent for this long is lost, or one whose bytes are not acknowledged for this long; at least 3
+            heartbeats.
         shm_ring_nbytes: bytes of one direction of one shared-memory link; a power of two.
         segment_nbytes: the largest segment, the unit of pipelining and of preemption.
         uneven_nbytes: the size per rank that the choice of algorithm assumes where ranks cannot know the true one.
@@ -65,8 +66,8 @@ class Settings:
     eager_budget_nbytes: int = 1 << 20  # 64 of the largest eager messages per peer: bounds the memory kept for early ones
     inflight_nbytes: int = 32 << 10  # what 10 Gbit/s carry in 25 us: keeps a link busy, and is soon over
     spin_us: int = 20  # a few times the cost of a futex wake-up; longer spinning takes cores from training
-    heartbeat_ms: int = 500
-    lost_ms: int = 3000  # several heartbeats, yet all ranks know of a death within 5 s
+    heartbeat_ms: int = 1000
+    lost_ms: int = 30_000  # a switch that restarts, a host that swaps; a process that dies is noticed at once
     shm_ring_nbytes: int = 512 << 10  # two rings of a pair stay in a core's L2
     segment_nbytes: int = 1 << 20  # long against latency, short against what an urgent tensor may wait for
     uneven_nbytes: int = 256 << 10
@@ -92,6 +93,9 @@ class Settings:
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.lost_ms < 3 * self.heartbeat_ms:
+            raise ValueError(f"lost_ms must be at least 3 x heartbeat_ms, so {3 * self.heartbeat_ms}, not {self.lost_ms}: a late "
+                             "heartbeat is no death; set both")  # fmt: skip
         object.__setattr__(self, "algorithms", tuple(sorted((kind, name) for kind, name in self.algorithms)))
         object.__setattr__(self, "table", tuple(sorted(map(_threshold, self.table), key=_place_in_table)))
 

@@ -24,6 +24,7 @@ _UNEVEN_KINDS = frozenset(("allgather", "alltoall"))
 
 _SLICE_S = 1.0  # the end of the engine wakes who waits for tickets; this is for a word that was lost
 _JOIN_S = 5.0  # an aborted mover is done at once
+_PATIENCE_S = 4.0  # what breaks a mover's connection to a rank that died breaks the engine's at the same time
 
 
 class Mover(Protocol):
@@ -194,7 +195,7 @@ class TicketSubmitter(Submitter):
     def __init__(self, engine, hosts, settings, mover):
         super().__init__(engine, hosts, settings)
         self.backend = mover.name
-        self._worker = Worker(engine, mover, patience_s=settings.lost_ms / 1000 + 1)
+        self._worker = Worker(engine, mover, patience_s=_PATIENCE_S)
 
     def open(self, exchange):
         """Starts the thread and waits until the mover has met the others'; `exchange` as for Mover.open."""

@@ -90,7 +90,7 @@ typedef struct {
     uint64_t inflight_nbytes;      /* data posted to one peer's link and not yet sent, at most (one step may exceed it) */
     uint32_t spin_us;              /* a waiting caller polls this long before it blocks */
     uint32_t heartbeat_ms;         /* tcp: an idle link says that it lives, this often */
-    uint32_t lost_ms;              /* tcp: a link silent this long is lost */
+    uint32_t lost_ms;              /* tcp: a link silent this long is lost, or one whose bytes nobody acknowledges */
     uint32_t shm_ring_nbytes;      /* shm: bytes of one direction of one link; a power of two, at least 4096 */
 } cl_settings;
 
@@ -123,6 +123,8 @@ void *cl_shared_address(const cl_shared *block);
 void cl_shared_free(cl_shared *block);
 /* tcp: takes ownership of a connected socket, in every case. */
 int cl_tcp_attach(cl_engine *engine, int32_t peer, int socket);
+/* The host of a rank, for errors that name the rank; cut after 63 bytes. Before cl_engine_start. CL_INVALID: no such rank. */
+int cl_engine_name_host(cl_engine *engine, int32_t rank, const char *host);
 
 /*
  * mpi: a library that the process has loaded and initialised, given by the addresses of its functions (MPI_Isend, ...) and

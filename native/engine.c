@@ -97,6 +97,14 @@ int cl_mpi_ended(const cl_engine *engine)
     return engine->mpi_ended;
 }
 
+int cl_engine_name_host(cl_engine *engine, int32_t rank, const char *host)
+{
+    if (rank < 0 || rank >= engine->size)
+        return CL_INVALID;
+    snprintf(engine->peers[rank].host, sizeof engine->peers[rank].host, "%s", host);
+    return CL_OK;
+}
+
 double cl_engine_now(cl_engine *engine)
 {
     return engine->clock(engine->clock_argument);
@@ -377,7 +385,9 @@ void cl_engine_lost(cl_engine *engine, int32_t rank, const char *reason, bool te
         return; /* it had said goodbye; or the first loss is the one that is told */
     engine->health = CL_PEER_LOST;
     engine->blamed = rank;
-    int length = snprintf(engine->health_text, sizeof engine->health_text, "rank %d was lost: ", rank);
+    const char *host = rank >= 0 && rank < engine->size ? engine->peers[rank].host : "";
+    int length = snprintf(engine->health_text, sizeof engine->health_text, "rank %d%s%s was lost: ", rank,
+                          host[0] ? " on host " : "", host);
     engine->health_reason = engine->health_text + length;
     snprintf(engine->health_text + length, sizeof engine->health_text - (size_t)length, "%s", reason);
     for (int32_t r = 0; tell && r < engine->size; r++)

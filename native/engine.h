@@ -196,6 +196,7 @@ typedef struct {
     cl_operation *operation;
     uint32_t segment, step;
     cl_kept *keeping;
+    char host[64]; /* where it lives, for people; empty if nobody has said */
 } cl_peer;
 
 enum { CL_FAILED_KEYS = 1024 };

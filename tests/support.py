@@ -71,17 +71,20 @@ class Ranks:
         size: how many.
         initialize: call commlib.init() in each before the first function.
         per_rank: options of single ranks, as {rank: {option: value}}.
+        store, local_size: where they meet, and how many live on a host; None: on this host, all of them.
+        prefixes: per rank, what stands before its command line, such as ["ip", "netns", "exec", "h0"].
         **options: COMMLIB_* variables of all ranks, such as transport="tcp".
     """
 
-    def __init__(self, size, initialize=True, per_rank=None, **options):
-        store = f"unix:@commlib-test-{uuid.uuid4().hex[:16]}"
+    def __init__(self, size, initialize=True, per_rank=None, store=None, local_size=None, prefixes=None, **options):
+        store = store or f"unix:@commlib-test-{uuid.uuid4().hex[:16]}"
         self.size = size
         self.output = tempfile.TemporaryFile(mode="w+b")
         self.processes = []
         for rank in range(size):
-            environ = environment_of(rank, size, store, **{**options, **(per_rank or {}).get(rank, {})})
+            environ = environment_of(rank, size, store, local_size, **{**options, **(per_rank or {}).get(rank, {})})
             arguments = [sys.executable, "-X", "faulthandler", os.path.join(_HERE, "support_rank.py")]
+            arguments = (prefixes[rank] if prefixes else []) + arguments
             self.processes.append(subprocess.Popen(
                 arguments, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.output,
             ))  # fmt: skip

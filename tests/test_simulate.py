@@ -129,7 +129,7 @@ def test_the_same_run_twice_takes_the_same_time_to_the_bit():
 
 def test_a_dead_rank_fails_what_is_in_flight_on_all_others():
     shape = Shape((1,) * 4)
-    simulation = Simulation(shape, NETWORK, NETWORK, settings_for(lost_ms=1000))
+    simulation = Simulation(shape, NETWORK, NETWORK, settings_for(lost_ms=1000, heartbeat_ms=200))
     for rank in range(4):
         simulation.allreduce(rank, 1, 64 * MEGABYTE)
     simulation.timer(0, 0.02)

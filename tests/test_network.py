@@ -1,0 +1,209 @@
+"""Ranks on hosts of their own: which addresses they meet by, and what a fault of the network does to them.
+
+Faults are real: a link that goes down, packets that vanish, connections that are reset. Every rank must fail in time with the
+lost host's name, or, if the fault is over soon enough, lose nothing.
+"""
+
+import os
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+from support import RankFailed
+from support_hosts import Hosts, ranks_on, run, why_not
+
+import commlib
+
+NOT_HERE = why_not()
+pytestmark = pytest.mark.skipif(NOT_HERE is not None, reason=str(NOT_HERE))
+
+LOST_S = 3.0  # the configured timeout; the default of 30 s would make these tests long and prove no more
+SETTINGS = {"lost_ms": int(1000 * LOST_S), "heartbeat_ms": 500}
+SLACK_S = 1.0  # for processes that share cores with other tests
+
+
+def total():
+    """What an all-reduce of rank + 1 gives."""
+    communicator = commlib.communicator()
+    return set(communicator.allreduce(np.full(100_000, 1.0 + communicator.rank, np.float32), op=commlib.Sum).tolist())
+
+
+def own_ends():
+    """(address, port) of this side of every TCP connection of this process."""
+    ends = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            with socket.socket(fileno=os.dup(int(name))) as sock:
+                if sock.family in (socket.AF_INET, socket.AF_INET6):
+                    ends.add(sock.getsockname()[:2])
+        except OSError:
+            continue
+    return sorted(ends)
+
+
+# ---- addresses ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [4, 6, "link-local"])
+def test_hosts_meet_by_the_address_that_they_have(version):
+    with ranks_on(3, version) as (hosts, ranks):
+        assert ranks.call(total) == [{6.0}] * 3
+        for address, ends in zip(hosts.addresses, ranks.call(own_ends)):
+            assert {end[0] for end in ends} == {address.partition("%")[0]}
+
+
+def test_networks_and_ports_can_be_chosen():
+    with Hosts(2) as hosts:
+        for index, name in enumerate(hosts.names):
+            run(f"ip -n {name} addr add 10.78.0.{index + 1}/24 dev eth0")
+        with hosts.start(network_interfaces="10.78.0.0/16,eth0", port_range="23450-23459") as ranks:
+            assert ranks.call(total) == [{3.0}] * 2
+            (called, port), = ranks.call(own_ends)[0]  # rank 1 has called rank 0
+            assert called == "10.78.0.1" and 23450 <= port <= 23459
+
+
+def give_bridge(name, address):
+    """An interface that leads nowhere, as software for containers makes one."""
+    run(f"ip -n {name} link add veil0 type bridge")
+    run(f"ip -n {name} addr add {address}/24 dev veil0")
+    run(f"ip -n {name} link set veil0 up")
+
+
+def test_an_address_that_both_hosts_have_is_passed_by():
+    """Whoever calls it meets himself, or nobody."""
+    with Hosts(2) as hosts:
+        for name in hosts.names:
+            give_bridge(name, "10.200.0.1")
+        with hosts.start(network_interfaces="10.200.0.1,eth0", port_range="23450-23451") as ranks:
+            assert ranks.call(total) == [{3.0}] * 2
+            assert [{end[0] for end in ends} for ends in ranks.call(own_ends)] == [{address} for address in hosts.addresses]
+
+
+def test_an_unreachable_host_is_an_error_that_names_what_was_tried():
+    with Hosts(2) as hosts:
+        for index, name in enumerate(hosts.names):
+            give_bridge(name, f"10.20{index}.0.1")
+        with hosts.start(network_interfaces="veil0", initialize=False, start_timeout_s=3) as ranks:
+            texts = [str(outcome.error) for outcome in ranks.outcomes("support_rank:initialize")]
+    assert "rank 1 cannot connect to rank 0 (10.200.0.1 port" in texts[1] and "COMMLIB_NETWORK_INTERFACES" in texts[1], texts
+    assert "rank 1" in texts[0] and "10.200.0.1" in texts[0], texts
+
+
+def test_without_a_secret_nobody_meets_over_a_network():
+    with Hosts(2) as hosts, hosts.start(initialize=False, secret="") as ranks:
+        for outcome in ranks.outcomes("support_rank:initialize"):
+            assert isinstance(outcome.error, commlib.StartError) and "COMMLIB_SECRET_FILE" in str(outcome.error)
+
+
+# ---- faults that end the job -------------------------------------------------------------------------------------
+
+
+def reduce_until_lost():
+    """All-reduces until a rank is lost; returns (rank, text, when)."""
+    communicator, array = commlib.communicator(), np.ones(200_000, np.float32)
+    try:
+        while True:
+            communicator.allreduce(array, op=commlib.Sum)
+    except commlib.PeerLostError as error:
+        return error.rank, str(error), time.monotonic()
+
+
+def wait_until_lost():
+    """The same for ranks that say nothing: heartbeats alone must notice."""
+    while commlib.communicator().health is None:
+        time.sleep(0.02)
+    error = commlib.communicator().health
+    return error.rank, str(error), time.monotonic()
+
+
+def cut(hosts, ranks):
+    hosts.cut(2)
+
+
+def silence(hosts, ranks):
+    hosts.silence(2)
+
+
+def kill(hosts, ranks):
+    ranks.processes[2].kill()
+
+
+def reset(hosts, ranks):
+    if not hosts.reset(2):
+        pytest.skip("this kernel destroys no sockets (ss -K)")
+
+
+def leave_half_open(hosts, ranks):
+    """The host dies and comes back without a memory of its connections."""
+    hosts.cut(2)
+    ranks.processes[2].kill()
+    ranks.processes[2].wait(10)
+    hosts.mend(2)
+
+
+FAULTS = [  # what happens to host 2, what the ranks do meanwhile, how soon all must know, whether rank 2 lives to tell
+    (cut, reduce_until_lost, LOST_S, True),
+    (silence, reduce_until_lost, LOST_S, True),
+    (silence, wait_until_lost, LOST_S, True),
+    (kill, reduce_until_lost, 1.0, False),
+    (reset, reduce_until_lost, 1.0, True),
+    (leave_half_open, wait_until_lost, LOST_S, False),
+]
+
+
+@pytest.mark.parametrize("fault, body, within_s, lives", FAULTS)
+def test_a_fault_is_noticed_by_all_in_time(fault, body, within_s, lives):
+    with ranks_on(3, **SETTINGS) as (hosts, ranks):
+        ranks.begin(body)
+        time.sleep(0.3)  # some operations are done, one is in flight
+        began_s = time.monotonic()
+        fault(hosts, ranks)
+        end_s = time.monotonic() + 20.0
+        for rank in range(3 if lives else 2):
+            blamed, text, noticed_s = ranks._outcome(rank, end_s)
+            print(f"rank {rank} after {noticed_s - began_s:.2f} s: {text}")
+            assert noticed_s - began_s < within_s + SLACK_S, text
+            if rank != 2:
+                assert blamed == 2 and "rank 2 on host host2 was lost" in text
+
+
+# ---- faults that a job survives ----------------------------------------------------------------------------------
+
+
+def reduce_while(seconds):
+    """All-reduces for so long, and checks each; returns how many."""
+    communicator, end_s, rounds = commlib.communicator(), time.monotonic() + seconds, 0
+    array = np.arange(300_000, dtype=np.float32)
+    while communicator.allreduce(np.array([time.monotonic() < end_s], np.int32), op=commlib.Min)[0]:
+        np.testing.assert_array_equal(communicator.allreduce(array, op=commlib.Sum), array * communicator.size)
+        rounds += 1
+    return rounds
+
+
+def stop_for_a_while(hosts, ranks):
+    ranks.processes[2].send_signal(signal.SIGSTOP)
+    time.sleep(0.7 * LOST_S)
+    ranks.processes[2].send_signal(signal.SIGCONT)
+
+
+def cut_for_a_while(hosts, ranks):
+    hosts.cut(2)
+    time.sleep(0.3 * LOST_S)  # TCP waits twice as long for each attempt: it comes back well within the timeout
+    hosts.mend(2)
+
+
+def slow_down(hosts, ranks):
+    hosts.limit(2, mbit=20)
+
+
+@pytest.mark.parametrize("fault", [stop_for_a_while, cut_for_a_while, slow_down])
+def test_what_is_over_soon_loses_nothing(fault):
+    with ranks_on(3, **SETTINGS) as (hosts, ranks):
+        ranks.begin(reduce_while, 3.0)
+        time.sleep(0.3)
+        fault(hosts, ranks)
+        rounds = ranks.collect()
+        assert not any(isinstance(result, (RankFailed, Exception)) for result in rounds), rounds
+        assert len(set(rounds)) == 1 and rounds[0] > 0, rounds
