@@ -113,11 +113,20 @@ static void handle_mismatch(cl_engine *engine, cl_operation *operation, cl_kept 
     cl_kept_free(kept);
 }
 
+/* The rank that a peer blames; itself, if it names none that there is. */
+static int32_t blamed_by(const cl_engine *engine, int32_t peer, uint64_t rank)
+{
+    return rank < (uint64_t)engine->size ? (int32_t)rank : peer;
+}
+
+/* A peer that has gone wrong must not pass for success what it calls a failure. */
 static void handle_fail(cl_engine *engine, cl_operation *operation, cl_kept *kept)
 {
-    (void)engine;
-    kept->data[kept->frame.nbytes] = 0;
-    cl_operation_fail(operation, (int)kept->frame.arg, (int32_t)kept->frame.step, (const char *)kept->data);
+    const cl_frame *frame = &kept->frame;
+    const bool is_failure = frame->arg > CL_AGAIN && frame->arg < CL_STATUS_END;
+    const int32_t blamed = blamed_by(engine, kept->peer, frame->step);
+    kept->data[frame->nbytes] = 0;
+    cl_operation_fail(operation, is_failure ? (int)frame->arg : CL_SYSTEM, blamed, (const char *)kept->data);
     cl_kept_free(kept);
 }
 
@@ -351,7 +360,7 @@ static void on_end(void *owner, cl_link *link, const cl_frame *frame)
     case CL_FRAME_LOST:
         if (kept != NULL) {
             kept->data[frame->nbytes] = 0;
-            cl_engine_lost(engine, (int32_t)frame->arg, (const char *)kept->data, false);
+            cl_engine_lost(engine, blamed_by(engine, link->peer, frame->arg), (const char *)kept->data, false);
         }
         break;
     default:
