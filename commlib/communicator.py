@@ -399,8 +399,8 @@ class Communicator:
         if self.timeline is not None and not self._engine.forked:
             try:
                 self.stop_timeline(timeout_s=_LINGER_MS / 1000)
-            except (RuntimeError, TimeoutError):
-                pass  # others are gone or busy: each rank's own file stays
+            except (RuntimeError, OSError):
+                pass  # others are gone or busy, or the disk is full: each rank's own file stays
         self._engine.shutdown(_LINGER_MS)
         if not self._engine.forked:
             self._submitter.close()

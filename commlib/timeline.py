@@ -5,10 +5,14 @@ end rank 0 joins them. Names of events are those that Horovod's tools look for. 
 and nothing of the engine.
 """
 
+import contextlib
 import json
+import logging
 import os
 import threading
 import time
+
+_log = logging.getLogger("commlib")
 
 _FLUSH_EVENTS = 4096
 _FLUSH_S = 1.0  # what a rank that is killed may lose
@@ -35,6 +39,7 @@ class Timeline:
         self.part_path = f"{self.path}.rank{rank}"
         self._lock = threading.Lock()
         self._events = []
+        self._is_full = False
         self._tracks = {}
         self._free_lanes = []
         self._lanes = 0
@@ -98,10 +103,23 @@ class Timeline:
         with self._lock:
             events, self._events = self._events, []
             self._flushed_s = time.monotonic()
-            if events:
-                self._file.seek(-1, os.SEEK_END)
-                comma = b",\n" if self._file.tell() > 2 else b""
-                self._file.write(comma + b",\n".join(json.dumps(event).encode() for event in events) + b"]")
+            if events and not self._is_full:
+                self._append(b",\n".join(json.dumps(event).encode() for event in events))
+
+    def _append(self, text):
+        """Adds events to the array in the file. Where they do not fit, the timeline ends, and the training goes on."""
+        end = self._file.seek(-1, os.SEEK_END)
+        rest = memoryview((b",\n" if end > 2 else b"") + text + b"]")
+        try:
+            while rest:
+                rest = rest[self._file.write(rest):]  # a disk that is nearly full takes a part
+        except OSError as error:
+            self._is_full = True
+            _log.warning("the timeline %s ends here: %s; make room and start another", self.part_path, error.strerror)
+            with contextlib.suppress(OSError):  # the bracket's own place is still there
+                self._file.truncate(end)
+                self._file.seek(end)
+                self._file.write(b"]")
 
     def finish(self, exchange):
         """Joins the files of all ranks in the one that rank 0 writes.
