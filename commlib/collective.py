@@ -18,7 +18,7 @@ from commlib.layout import Layout
 from commlib.names import Names
 from commlib.prepared import Prepared
 from commlib.reduction import Average
-from commlib.selection import select
+from commlib.selection import MPI_OWN, select
 
 # These first tell each other their sizes, or check on every rank that all mean the same.
 _WITH_MEMBERS = frozenset(("broadcast", "allgather", "alltoall", "exchange"))
@@ -42,6 +42,7 @@ class Submitter:
 
     backend = "native"  # who moves the bytes
     handle_class = Handle
+    prepares = True  # whether `prepare` is for its operations
 
     def __init__(self, engine, hosts, settings, group="world"):
         self.engine = engine
@@ -189,6 +190,9 @@ class Submitter:
         if kind == "exchange":
             return NO_PLAN, 0
         choice = select(kind, nbytes, self._layout.shape(kind, root), self.settings, overlapped)
+        if choice.algorithm == MPI_OWN:
+            raise ValueError("the settings choose MPI's own all-reduce, which is there only if init() was given a communicator "
+                             "(comm=...) and these settings: force another algorithm, or none")  # fmt: skip
         key = (kind, choice.algorithm, root)
         plan = self._plans.get(key)
         if plan is None:

@@ -123,7 +123,7 @@ class Communicator:
         check_op(op, buffer.dtype)
         if type(name) is not str:
             raise TypeError(f"a prepared operation needs a name, a string, not {name!r}")
-        if self.backend != "native":
+        if not self._submitter.prepares:
             return partial(self.allreduce_, array, name=name, op=op, priority=priority, prescale_factor=prescale_factor,
                            postscale_factor=postscale_factor)  # fmt: skip
         return self._submitter.prepare("allreduce", name, buffer, buffer, priority=priority, op=op,

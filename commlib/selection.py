@@ -12,6 +12,9 @@ from commlib.cost import Link, Machine, cost_s
 # A group of one has no peers, so no algorithm: its plan has no steps.
 ALONE = "alone"
 
+# Not planned but moved by MPI's own collective, where the settings say so: see commlib.mpi_mover.
+MPI_OWN = "mpi"
+
 # What a link costs until it was measured: shared memory through a ring; 10 Gbit/s Ethernet with kernel TCP; one core.
 _ALPHA_INSIDE_S, _BETA_INSIDE = 2e-6, 2.5e-10
 _ALPHA_BETWEEN_S, _BETA_BETWEEN = 2e-5, 8e-10
@@ -76,9 +79,11 @@ def select(kind, nbytes, shape, settings, overlapped=False):
         return Choice(ALONE, 0)
     if kind in _UNEVEN:
         nbytes = settings.uneven_nbytes * shape.size
+    name = settings.forced_algorithm(kind) or _tabled(kind, nbytes, shape, settings, overlapped)
+    if name == MPI_OWN and kind == "allreduce":
+        return Choice(MPI_OWN, settings.segment_nbytes)
     machine = machine_of(settings)
     candidates = algorithms.applicable(kind, shape)
-    name = settings.forced_algorithm(kind) or _tabled(kind, nbytes, shape, settings, overlapped)
     name = name or _cheapest(candidates, nbytes, shape, machine, overlapped)
     module = algorithms.algorithm(kind, name)
     if name not in candidates:

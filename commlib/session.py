@@ -13,7 +13,7 @@ import logging
 import os
 from dataclasses import fields, replace
 
-from commlib import bootstrap, mpi, rendezvous
+from commlib import bootstrap, mpi, mpi_mover, rendezvous
 from commlib.calibrate import calibrated
 from commlib.communicator import Communicator
 from commlib.connect import connect
@@ -65,7 +65,8 @@ def open_communicator(generation, settings=None, timeout_s=None, environ=None, b
     else:
         placement = _with_secret(bootstrap.discover(environ), secret)
     backend = backend or placement.options.get("backend", "native")
-    make_communicator = _maker(backend, {**(backends or {}), "native": _native})
+    native = functools.partial(mpi_mover.mpi_communicator, comm) if comm and mpi_mover.is_chosen(settings) else _native
+    make_communicator = _maker(backend, {**(backends or {}), "native": native})
     engine = Engine(placement.rank, placement.size, settings)
     try:
         topology = _link(engine, placement, settings, backend, generation, timeout_s, comm)

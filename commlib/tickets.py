@@ -9,7 +9,7 @@ import threading
 import weakref
 from typing import Protocol
 
-from commlib.buffer import Buffer, new_like
+from commlib.buffer import DTYPES, Buffer, new_like
 from commlib.collective import Submitter, segment_elements
 from commlib.engine import AGAIN, NO_OFFSETS, NO_PLAN, TICKET_CODE, scale
 from commlib.errors import CommlibError
@@ -191,8 +191,10 @@ class TicketSubmitter(Submitter):
     """
 
     handle_class = TicketHandle
+    prepares = False
 
     def __init__(self, engine, hosts, settings, mover):
+        self._moves = False  # the operation that is being described
         super().__init__(engine, hosts, settings)
         self.backend = mover.name
         self._worker = Worker(engine, mover, patience_s=_PATIENCE_S)
@@ -212,14 +214,22 @@ class TicketSubmitter(Submitter):
         self._worker.after_fork()
 
     def _post(self, handle, request):
-        if handle.kind not in _OWN_KINDS:
+        if request.kind == TICKET_CODE:
             handle.assign(request, self.engine.rank, self.engine.size)
             self._worker.expect(request.key, handle)
         super()._post(handle, request)
 
+    def is_moved(self, kind, dtype, nbytes, overlapped):
+        """Whether the mover carries out an operation, and not the engine; equal on all ranks."""
+        return kind not in _OWN_KINDS
+
     def _describe(self, use, kind, signature):
+        dtype, count, overlapped = signature[0], signature[1], signature[-1]
+        self._moves = self.is_moved(kind, dtype, count * DTYPES[dtype][1], overlapped)
+        if use.request is not None:  # the name may have been one of the mover's
+            use.request.members, use.request.nmembers = NO_OFFSETS, 0
         super()._describe(use, kind, signature)
-        if kind in _OWN_KINDS:
+        if not self._moves:
             return
         request = use.request
         request.kind = TICKET_CODE
@@ -229,7 +239,7 @@ class TicketSubmitter(Submitter):
             request.count = 0
 
     def _plan(self, kind, nbytes, itemsize, root, overlapped):
-        if kind in _OWN_KINDS:
+        if not self._moves:
             return super()._plan(kind, nbytes, itemsize, root, overlapped)
         return NO_PLAN, segment_elements(self.settings.segment_nbytes, itemsize)
 

@@ -70,6 +70,30 @@ def collectives():
     commlib.shutdown()
 
 
+def own_collectives():
+    """Small ones by the engine, large ones by MPI, all in flight at once; half precision always by the engine."""
+    line = ("allreduce", (WORLD.size,), None, "mpi")
+    settings = commlib.Settings(table=((*line[:2], 4096, "recursive_doubling"), line))
+    communicator = commlib.init(comm=WORLD, settings=settings)
+    assert communicator.algorithm("allreduce", 4096) == "recursive_doubling"
+    assert communicator.algorithm("allreduce", 4097) == "mpi"
+    all_kinds(communicator)
+    overlapped(communicator)
+    for op, expected in ((commlib.Min, False), (commlib.Max, True), (commlib.Sum, True), (commlib.Product, False)):
+        truth = np.full(10_000, RANK == 0)
+        assert (communicator.allreduce(truth, op=op) == expected).all()
+    assert (communicator.allreduce(np.full(10_000, RANK), name="n", op=commlib.Average) == (WORLD.size - 1) // 2).all()
+    assert communicator.allreduce(np.ones(10), name="n", op=commlib.Sum)[0] == WORLD.size, "the same name, natively"
+    prepared = communicator.prepare_allreduce_(np.ones(10_000), name="prepared", op=commlib.Sum)
+    assert prepared()[0] == WORLD.size
+    expect_raises(commlib.MismatchError, "rank", communicator.allreduce, np.ones(10_000 + RANK), name="same")
+    assert communicator.allreduce(np.ones(10_000), op=commlib.Sum)[0] == WORLD.size, "usable afterwards"
+    commlib.shutdown()
+    commlib.init(comm=WORLD).settings = settings
+    expect_raises(ValueError, "MPI's own all-reduce", commlib.allreduce, np.ones(10_000))
+    commlib.shutdown()
+
+
 def mismatches():
     communicator = commlib.init(comm=WORLD)
     for count in (3, 300_000):

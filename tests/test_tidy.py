@@ -21,6 +21,7 @@ LAYERS = [
     {"collective"},
     {"tickets"},
     {"communicator"},
+    {"mpi_mover"},
     {"session"},
     {"__init__", "launch"},
     {"tune", "tune_report"},
