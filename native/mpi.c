@@ -27,7 +27,7 @@
 
 #define SPIN_S 100e-6       /* so long after the last event it is looked again at once */
 #define BUSY_PAUSE_S 50e-6  /* the longest pause while something is on its way */
-#define IDLE_PAUSE_S 1e-3   /* the longest pause: costs about 1 % of a core */
+#define IDLE_PAUSE_S 2e-3   /* the longest pause: costs about 1 % of a core */
 #define PAUSE_SHARE 0.25    /* of the time that nothing has come: what comes then waits little longer */
 
 enum { WATCHED = 6 }; /* requests of a link that can be the next to end */
