@@ -20,8 +20,8 @@ BASELINE = "gloo"
 
 def load(folder):
     """{name of the benchmark: its record} of those that were run."""
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in ("allreduce", "latency")
-            if (folder / f"{name}.json").exists()}  # fmt: skip
+    paths = [folder / f"{name}.json" for name in ("allreduce", "latency", "torch_link", "torch_overhead")]
+    return {path.stem: json.loads(path.read_text()) for path in paths if path.exists()}
 
 
 def medians(of_peers):
@@ -76,7 +76,45 @@ def latency_table(records):
     return "\n".join([f"Microseconds. {about(record)}", "", *markdown(lines), "", *absences(record)]).rstrip()
 
 
+def torch_link_table(records):
+    """A training step over a slow link, beside the ideal schedule."""
+    runs = records["torch_link"]["runs"]
+    names = {"overlapped": "commlib", "waiting": "commlib, step() waits", "ddp": "DDP (gloo)", "beside": "side by side",
+             "plain": "no communication"}  # fmt: skip
+    lines = [["model", "gradients", "ideal", *names.values()]]
+    for name, run in runs.items():
+        ideal_s = run["bounds_s"]["both passes"]
+        cells = [f"{run['medians_s'][way] * 1e3:,.0f} ({run['medians_s'][way] / ideal_s:.2f}x)" for way in names]
+        gradients = f"{run['nbytes'] / 1e6:.0f} MB in {run['parameters']} tensors"
+        lines.append([name, gradients, f"{ideal_s * 1e3:,.0f}", *cells])
+    said = ("Milliseconds per step, and how many times the ideal schedule. Side by side: plain steps, while as many bytes "
+            "travel that have nothing to do with them.")  # fmt: skip
+    return "\n".join([said, "", *markdown(lines), "", *about_runs(runs)])
+
+
+def torch_overhead_table(records):
+    """What the adapter costs beside the plain optimizer."""
+    runs = records["torch_overhead"]["runs"]
+    forms = [form for form in next(iter(runs.values()))["times_s"] if form != "plain"]
+    lines = [["ResNet-50", "plain step", *forms]]
+    for name, run in runs.items():
+        plain_s = run["times_s"]["plain"]
+        extra_s = {form: statistics.median(own - plain for own, plain in zip(run["times_s"][form], plain_s)) for form in forms}
+        lines.append([name, f"{statistics.median(plain_s) * 1e3:,.1f} ms", *(
+            f"{extra_s[form] / statistics.median(plain_s):+.1%}, {extra_s[form] / run['parameters'] * 1e6:+.1f} us per parameter"
+            for form in forms
+        )])  # fmt: skip
+    return "\n".join(["What a step takes longer than the plain one.", "", *markdown(lines), "", *about_runs(runs)])
+
+
+def about_runs(runs):
+    """A line on each run: where and how loaded."""
+    return [f"{name}: {about(run)}" for name, run in runs.items()]
+
+
 TABLES = {
+    "torch_link": ("torch_link", torch_link_table),
+    "torch_overhead": ("torch_overhead", torch_overhead_table),
     "allreduce": ("allreduce", allreduce_table),
     "crowded": ("allreduce", crowded_table),
     "latency": ("latency", latency_table),
@@ -91,7 +129,10 @@ def markdown(lines):
 def about(record):
     """On what machine, how loaded, with which versions."""
     machine = record["machine"]
-    packages = {package: version for of_peer in record["versions"].values() for package, version in of_peer.items()}
+    versions = record["versions"]
+    packages = {}
+    for name, version in versions.items():  # of packages, or of each peer's packages
+        packages.update(version if isinstance(version, dict) else {name: version})
     before, after = record["load_before"][0], record["load_after"][0]
     return (f"{machine['processor'] or machine['architecture']}, {machine['cores']} cores, load average {before:.1f} before "
             f"and {after:.1f} after; {', '.join(f'{package} {version}' for package, version in packages.items())}; "

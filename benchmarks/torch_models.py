@@ -1,4 +1,4 @@
-"""Torch models for the benchmarks: ResNet-50 and VGG-16 as published, scaled in width where compute is to be short."""
+"""Torch models for the benchmarks: ResNet-50, VGG-16 and a GPT, narrower where compute is to be short."""
 
 import torch
 from torch import nn
@@ -46,3 +46,37 @@ def vgg16(width=64, hidden=4096, classes=1000):
         layers.append(nn.MaxPool2d(2))
     layers += [nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(hidden, classes))
+
+
+class Block(nn.Module):
+    """GPT-2's block: attention and a perceptron, each behind a normalization, Radford et al. 2019."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention, self.output = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        batch, tokens, width = x.shape
+        parts = self.attention(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(*parts, is_causal=True)
+        x = x + self.output(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """A small GPT: 6 blocks of width 384, 14.8 million elements in 77 parameters."""
+
+    def __init__(self, width=384, blocks=6, heads=6, words=4096, tokens=256):
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, width), nn.Embedding(tokens, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, words, bias=False)
+
+    def forward(self, words):
+        x = self.words(words) + self.places(torch.arange(words.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))

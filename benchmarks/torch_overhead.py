@@ -1,19 +1,20 @@
 """What DistributedOptimizer costs beside the plain optimizer, where there is nothing to communicate.
 
-    python benchmarks/torch_overhead.py --output overhead.json
+    python benchmarks/torch_overhead.py --output benchmarks/results/torch_overhead.json
 
-Three copies of a model train on the same batch, step by step in turn: with the plain optimizer; wrapped, with one rank;
-wrapped, as one of two ranks whose communication costs nothing. Medians of the interleaved steps are printed, and how
-much the wrapped ones take longer per parameter. `--width 4` makes compute short, so that small differences show.
+Copies of a model train on the same batch in turn, two steps each, of which the second counts: with the plain optimizer;
+wrapped, with one rank; wrapped, as one of two ranks whose communication costs nothing. Medians of the interleaved steps are
+printed, and how much the wrapped ones take longer per parameter. `--width 4` makes compute short, so that small
+differences show.
 """
 
 import argparse
-import json
-import platform
+import os
 import statistics
 import time
 
 import torch
+from record import add_run
 from torch_models import resnet50
 
 import commlib
@@ -44,10 +45,15 @@ class FreeCommunicator:
     timeline = None
     _handle = DoneHandle()
 
+    def __init__(self):
+        self._tensors = {}
+
     def allreduce_async_(self, buffer, **options):
         """A handle that is done."""
         if options["op"] is commlib.Sum:
-            tensor_of(buffer).mul_(self.size)
+            if buffer not in self._tensors:
+                self._tensors[buffer] = tensor_of(buffer)
+            self._tensors[buffer].mul_(self.size)
         return self._handle
 
     def exchange(self, payload, name):
@@ -106,9 +112,10 @@ def main():
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
-    parser.add_argument("--output", metavar="FILE", help="every step's time, as JSON")
+    parser.add_argument("--output", metavar="FILE", help="every step's time, as JSON; a run beside those that are there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    load_before = os.getloadavg()
     comm.init()
     steppers = {}
     for form in FORMS:
@@ -119,9 +126,10 @@ def main():
         for step in steppers.values():
             step()
     for repeat in range(arguments.repeats):
-        # Every form is measured after every other equally often.
+        # Every form is measured after every other equally often, and behind a step of its own, which fills the caches.
         forms = list(FORMS)[repeat % len(FORMS):] + list(FORMS)[:repeat % len(FORMS)]
         for form in forms:
+            steppers[form]()
             begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
             steppers[form]()
             times_s[form].append(time.perf_counter() - begin_s)
@@ -130,10 +138,8 @@ def main():
     report("elapsed", times_s, count)
     report("CPU", cpu_s, count)  # steadier on a machine that others use
     if arguments.output:
-        record = {"arguments": vars(arguments), "machine": platform.processor() or platform.machine(),
-                  "torch": torch.__version__, "parameters": count, "times_s": times_s, "cpu_s": cpu_s}  # fmt: skip
-        with open(arguments.output, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
+        add_run(arguments.output, f"width {arguments.width}, {arguments.optimizer}", arguments, load_before,
+                {"versions": {"torch": torch.__version__}, "parameters": count, "times_s": times_s, "cpu_s": cpu_s})  # fmt: skip
     comm.shutdown()
 
 
