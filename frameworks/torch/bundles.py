@@ -39,6 +39,8 @@ def group_indices(param_groups):
 
 def groups_of(parameters, index_of, snapshots):
     """param_groups of just these parameters, with hyper-parameters from `snapshots`."""
+    if len(snapshots) == 1:
+        return [{**snapshots[0], "params": parameters}]
     members = {}
     for parameter in parameters:
         members.setdefault(index_of[parameter], []).append(parameter)

@@ -9,12 +9,11 @@ the result) or CLAIMED (step() has taken it out of p.grad; its update is still t
 
 import time
 
-import torch
-
 from commlib.torch.arrival import Arrival
 from commlib.torch.differences import check_alike, told_by_all
 from commlib.torch.groups import (
-    CAME_EARLY, CAME_LATE, LADDER, TOO_MANY_PASSES, ZEROED_IN_FLIGHT, Gradient, Group, Phase, can_share, members_of_groups,
+    CAME_EARLY, CAME_LATE, LADDER, TOO_MANY_PASSES, ZEROED_IN_FLIGHT, Gradient, Group, Phase, are_ordinary, can_share,
+    members_of_groups,
 )  # fmt: skip
 from commlib.torch.order import FirstUse
 from commlib.torch.presence import Presence
@@ -210,6 +209,7 @@ class GradientExchange:
         idle = [group for group in self.groups if group.phase is _IDLE]
         absent = [gradient for group in idle for gradient in self._absent_of(group)]
         self._wants |= any(not gradient.parameter.requires_grad for gradient in absent)
+        self.first_use.watch()
         self._wants |= self.first_use.end_step()
         self.regroup_due = self.regroup_due or not self.first_use.cohorts or self._presence.wanted()
         self._presence.send(
@@ -256,17 +256,17 @@ class GradientExchange:
     def send(self, group):
         """Submits a group, complete or not."""
         group.tensors = tensors = [parameter.grad for parameter in group.parameters]
-        dtype, strided = group.dtype, torch.strided
-        for index, tensor in enumerate(tensors):
-            if tensor is None or tensor.dtype is not dtype or tensor.requires_grad or tensor.layout is not strided:
+        if not are_ordinary(tensors, group.dtype):
+            for index, gradient in enumerate(group.gradients):
                 if index not in group.absent:
-                    tensors[index] = self._checked(group.gradients[index])
-        if len(tensors) > 1 and (group.absent or tensors[0].dtype is not dtype) and not group.fits():
+                    tensors[index] = self._checked(gradient)
+        if len(tensors) > 1 and (group.absent or tensors[0].dtype is not group.dtype) and not group.fits():
             self._send_apart(group)
             return
-        group.versions = [None if tensor is None else tensor._version for tensor in tensors]
+        group.versions = [getattr(tensor, "_version", None) for tensor in tensors]
         group.handle = group.submit(self.communicator)
         group.phase = _FLYING
+        self.first_use.sent.append(group.priority)
 
     def _send_apart(self, group):
         """The model was moved to another dtype: until the next regrouping these travel by themselves."""

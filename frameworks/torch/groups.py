@@ -10,11 +10,15 @@ This file knows parameters, gradients and memory; it communicates nothing.
 
 import sys
 from enum import Enum
+from operator import attrgetter, is_
 from typing import NamedTuple
 
 import torch
 
 from commlib.torch.tensors import buffer_of, contiguous
+
+# A loop in C over the tensors of a group costs a fifth of one in Python.
+_VERSION_OF, _DTYPE_OF, _LAYOUT_OF, _HAS_GRAPH = map(attrgetter, ("_version", "dtype", "layout", "requires_grad"))
 
 Phase = Enum("Phase", "IDLE FLYING REDUCED CLAIMED")
 
@@ -165,8 +169,10 @@ class Group:
             AssertionError: zero_grad() or the like took it away.
             RuntimeError: it was changed in place, or replaced.
         """
-        for index, (parameter, tensor, version) in enumerate(zip(self.parameters, self.tensors, self.versions)):
-            present = parameter.grad
+        tensors, now = self.tensors, [parameter.grad for parameter in self.parameters]
+        if not self.absent and all(map(is_, now, tensors)) and list(map(_VERSION_OF, tensors)) == self.versions:
+            return
+        for index, (present, tensor, version) in enumerate(zip(now, tensors, self.versions)):
             if present is tensor and tensor is not None and tensor._version == version or index in self.absent:
                 continue
             name = self.gradients[index].name
@@ -251,6 +257,15 @@ class Group:
                 self.tensors[index] = None
             elif self.tensors[index] is None:
                 self.tensors[index] = self._views[index]
+
+
+def are_ordinary(tensors, dtype):
+    """Whether all are there, dense, of this dtype and without a graph."""
+    try:
+        return (set(map(_DTYPE_OF, tensors)) == {dtype} and set(map(_LAYOUT_OF, tensors)) == {torch.strided}
+                and not any(map(_HAS_GRAPH, tensors)))  # fmt: skip
+    except AttributeError:  # of None
+        return False
 
 
 def can_share(parameter):

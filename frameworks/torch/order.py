@@ -6,6 +6,10 @@ needs no hooks in forward, sees shared weights and blocks chosen at run time, an
 optimizer. This file knows lists of numbers; it knows no tensors and no order of registration.
 """
 
+# A new order has to stay for so many steps, then for twice as many, and so on: of a model that changes all the time, no
+# order is better than another, and to regroup costs a wait of all ranks.
+_FIRST_PATIENCE = 2
+
 
 class FirstUse:
     """What all ranks agreed on, and what this rank has measured since.
@@ -15,6 +19,8 @@ class FirstUse:
         cohorts: number -> one text per agreement: which ranks had used it then. Gradients of equal cohorts come together.
         measured: the order that this rank has measured since the last agreement; empty: nothing new.
         arrivals: where whoever sees gradients arrive appends their numbers; None: there is nothing to measure.
+        sent: where whoever sends groups in backward appends their priorities; cheaper than arrivals, so always kept. Blocks
+            that change places show in it.
     """
 
     def __init__(self):
@@ -22,16 +28,48 @@ class FirstUse:
         self.cohorts = {}
         self.arrivals = []
         self._known = frozenset()
+        self._is_complete = False  # whether every gradient has a place in the order
         self.measured = []
+        self.sent = []
+        self._usual = self._latest = None  # `sent` of most steps, and of the last one that differed
+        self._repeats = 0  # how often in a row
+        self._patience = _FIRST_PATIENCE
+        self._again = False  # whether known gradients are to be measured once more
+
+    def watch(self):
+        """At the end of a step: if groups were sent in a new order, and that stays, the next steps are measured."""
+        sent, self.sent = self.sent, []
+        if self._usual is None:
+            self._usual = sent
+        if sent == self._usual:
+            self._repeats = 0
+            return
+        self._repeats = self._repeats + 1 if sent == self._latest else 1
+        self._latest = sent
+        if self._repeats >= self._patience:
+            self._patience *= 2
+            self._usual, self._repeats, self._again = sent, 0, True
+            self.arrivals = self.arrivals or []
 
     def end_step(self):
-        """Takes over what arrived in one step. Returns True if gradients arrived that have no place in the order."""
+        """Takes over what arrived in one step. Returns True if that asks for another order."""
         if not self.arrivals:
             return False
         arrivals, self.arrivals = self.arrivals, []
         if self._known.issuperset(arrivals):
-            return False
+            return self._again and self._measure_again(arrivals)
         self.measured = merged(order_of_use(arrivals), self.measured)
+        return True
+
+    def _measure_again(self, arrivals):
+        self._again = False
+        if self._is_complete:
+            self.arrivals = None
+        measured = order_of_use(arrivals)
+        used = frozenset(measured)
+        if [number for number in self.order if number in used] == measured:
+            return False
+        self.measured = measured
         return True
 
     def agree(self, measured, count):
@@ -50,7 +88,9 @@ class FirstUse:
             pattern = "".join(".x"[number in used] for used in sets)
             self.cohorts[number] = f"{self.cohorts.get(number, '')} {pattern}"
         self.measured = []
-        self.arrivals = [] if len(order) < count else None
+        self._is_complete = len(order) == count
+        self.arrivals = None if self._is_complete else []
+        self._usual = None
 
     def add(self):
         """There is a gradient more, whose place is to be measured."""

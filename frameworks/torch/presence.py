@@ -4,10 +4,9 @@ Nobody waits for it but who needs it: the counts, where this rank had no gradien
 knows numbers; what they mean for groups and parameters is for others to say.
 """
 
-import torch
+import numpy
 
 import commlib
-from commlib.torch.tensors import buffer_of
 
 # The numbers of steps of all ranks are added up in an int32.
 _STEPS = 1 << 12
@@ -48,15 +47,16 @@ class Presence:
         """
         self._landed()
         if self._counts is None or len(self._counts) != count + 3:
-            self._counts = torch.empty(count + 3, dtype=torch.int32)
-            self._buffer = buffer_of(self._counts)
-        self._counts.fill_(1)
+            # NumPy's, as single elements of a tensor take microseconds to read and write.
+            self._counts = numpy.empty(count + 3, dtype=numpy.int32)
+            self._buffer = commlib.Buffer(self._counts.ctypes.data, (count + 3,), "int32", owner=self._counts, writable=True)
+        self._counts.fill(1)
         for number in absent:
             self._counts[number] = 0
         for number in frozen:
             self._counts[number] += _FROZEN
         self.steps, self.frozen = steps, frozen
-        self._counts[_WISHES:] = torch.tensor([wants, looked, steps % _STEPS], dtype=torch.int32)
+        self._counts[_WISHES:] = wants, looked, steps % _STEPS
         self.handle = self._communicator.allreduce_async_(
             self._buffer, name=self._name, op=commlib.Sum, overlapped=True
         )

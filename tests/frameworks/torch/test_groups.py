@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from double import DoubleCommunicator, distribute
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Net, Plain, batches, make, train, weights
 from torch import nn
@@ -69,6 +69,7 @@ def gradients_of(sizes, dtype=torch.float32):
     return [Gradient(nn.Parameter(torch.zeros(size, dtype=dtype)), str(i), i) for i, size in enumerate(sizes)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([1, 10, 1000, 16384, 16385, 50000]), max_size=60), st.randoms())
 def test_groups_hold_every_gradient_once_within_their_capacity(sizes, random):
     gradients = gradients_of(sizes)
@@ -128,6 +129,54 @@ def test_blocks_chosen_at_run_time_find_their_place():
     for group in groups_of(optimizer):
         assert len({name.rpartition(".")[0] for name in group if "blocks" in name} | {"other"}) <= 2
         assert not ({"stem.weight", "head.weight"} & set(group) and any("blocks" in name for name in group))
+
+
+class Shuffled(nn.Module):
+    """Blocks that are all used in every step, in an order that is chosen at run time."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.order = [0, 1, 2]
+
+    def forward(self, x):
+        for index in self.order:
+            x = torch.tanh(self.blocks[index](x))
+        return x[:, :3]
+
+
+@pytest.mark.parametrize("form", ["model", "named_parameters"])
+def test_blocks_that_change_places_for_good_are_measured_again(form):
+    model, communicator = make(Shuffled), DoubleCommunicator()
+    source = {"model": model} if form == "model" else {"named_parameters": model.named_parameters()}
+    optimizer = distribute(torch.optim.SGD(model.parameters(), lr=0.1), communicator, **source)
+    train(model, optimizer, batches(3, rows=4))
+    assert order_of(optimizer) == ["blocks.0", "blocks.1", "blocks.2"]
+    model.order = [2, 0, 1]
+    train(model, optimizer, batches(1, rows=4))
+    model.order = [0, 1, 2]
+    train(model, optimizer, batches(6, rows=4))
+    assert order_of(optimizer) == ["blocks.0", "blocks.1", "blocks.2"]  # once is not for good
+    model.order = [2, 0, 1]
+    train(model, optimizer, batches(6, rows=4))
+    assert order_of(optimizer) == ["blocks.2", "blocks.0", "blocks.1"]
+    assert optimizer._commlib.exchange.first_use.arrivals is None  # measured, and no longer
+
+
+def test_a_model_that_changes_all_the_time_is_left_in_peace():
+    first_use = FirstUse()
+    first_use.agree([[0, 1, 2]], count=3)
+    measured = []
+    for step in range(200):
+        order = [[2, 1, 0], [1, 2, 0]][step // 5 % 2]  # each stays for five steps
+        first_use.sent += order
+        if first_use.arrivals is not None:
+            first_use.arrivals += order
+        first_use.watch()
+        if first_use.end_step():
+            measured.append(step)
+            first_use.agree([first_use.measured], count=3)
+    assert len(measured) == 2  # after two steps of the new order, after four; eight never come
 
 
 def test_groups_change_only_at_agreed_steps():
