@@ -6,6 +6,7 @@ import io
 
 import torch
 from hard_support import Small, classify, tensors_of
+from lion_pytorch import Lion
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -320,29 +321,34 @@ def copies(trainer):
         assert type(plain) is type(optimizer).__mro__[2]
     for parameter in other.parameters():
         parameter.grad = torch.ones_like(parameter)
-    plain.step()
+    if not isinstance(plain, Lion):  # whose own copies lack what its step needs
+        plain.step()
     trainer.train(model, optimizer, range(3, 5))
     return {**tensors_of(model), **tensors_of(other, "copy.")}
 
 
-def fused(trainer):
-    """A fused optimizer."""
-    trainer.make_optimizer = fused_adam
-    model, optimizer = trainer.start(Small)
-    trainer.train(model, optimizer)
-    return tensors_of(model)
+def implemented(way):
+    """An optimizer that is fused, or works on lists of tensors, where it knows that way."""
+
+    def case(trainer):
+        make = trainer.make_optimizer
+
+        def make_in_that_way(parameters):
+            parameters = list(parameters)
+            optimizer = make(parameters)
+            known = {way: True} if way in optimizer.defaults else {}
+            return type(optimizer)(parameters, **{"lr": 0.01, **known})
+
+        trainer.make_optimizer = make_in_that_way
+        model, optimizer = trainer.start(Small)
+        trainer.train(model, optimizer)
+        return tensors_of(model)
+
+    return case
 
 
 def fused_adam(parameters):
     return torch.optim.Adam(parameters, lr=0.01, fused=True)
-
-
-def foreach(trainer):
-    """An optimizer that works on lists of tensors."""
-    trainer.make_optimizer = lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True)
-    model, optimizer = trainer.start(Small)
-    trainer.train(model, optimizer)
-    return tensors_of(model)
 
 
 def capturable(trainer):
@@ -356,6 +362,7 @@ def capturable(trainer):
 
 
 WITH_ALL_OPTIMIZERS = {
+    **{way: implemented(way) for way in ("fused", "foreach")},
     **{
         f"{name}, {'before' if before else 'after'}": scheduled(make, before)
         for name, make in SCHEDULERS.items()
@@ -419,11 +426,17 @@ SPARSE = {
     "SparseAdam": sparse(lambda p: torch.optim.SparseAdam(p, lr=0.1)),
     "sparse as dense": sparse(lambda p: torch.optim.SGD(p, lr=0.1), as_dense=True),
 }
+FUSED_SCALED = {
+    "scaled, fused": scaled(False, False, fused_adam),
+    "scaled, fused, infinite": scaled(False, True, fused_adam),
+    "scaled, fused, unscale": scaled(True, True, fused_adam),
+}
 WITH_ITS_OWN = {
     **SPARSE,
+    **FUSED_SCALED,
     "lbfgs": lbfgs(None),
     "lbfgs, strong_wolfe": lbfgs("strong_wolfe"),
-    **{case.__name__: case for case in (fused, foreach, capturable, options_changed_by_loading)},
+    **{case.__name__: case for case in (capturable, options_changed_by_loading)},
 }
 MIXED = {
     "autocast": autocast,
@@ -432,8 +445,5 @@ MIXED = {
         for unscale in (True, False)
         for infinite in (True, False)
     },
-    "scaled, fused": scaled(False, False, fused_adam),
-    "scaled, fused, infinite": scaled(False, True, fused_adam),
-    "scaled, fused, unscale": scaled(True, True, fused_adam),
 }
 CASES = {**WITH_ALL_OPTIMIZERS, **WITH_ITS_OWN, **MIXED}

@@ -4,7 +4,6 @@ import pytest
 from hard_check import check
 from hard_loops import CASES
 
-FEW = ("sgd", "adamw")  # where the loop, not the optimizer, is what is hard
 # float32 for some of the steps; a Horovod script moves what no rank used.
 NOT_AS_ALONE = {"moved"}
 HOROVOD_APART = {"frozen_and_unfrozen", "exceptions"} | {case for case in CASES if "partly" in case}
@@ -13,6 +12,4 @@ HOROVOD_APART = {"frozen_and_unfrozen", "exceptions"} | {case for case in CASES 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("size", [2, 3])
 def test_loop(torch_ranks, size, case):
-    optimizers = FEW[: 4 - size] if case.startswith(("zero_grad", "read", "workers")) else None
-    check(torch_ranks(size), "hard_loops", case, as_alone=case not in NOT_AS_ALONE, optimizers=optimizers,
-          horovod_as_alone=case not in HOROVOD_APART)  # fmt: skip
+    check(torch_ranks(size), "hard_loops", case, as_alone=case not in NOT_AS_ALONE, horovod_as_alone=case not in HOROVOD_APART)

@@ -2,7 +2,7 @@
 
 import pytest
 from hard_check import check
-from hard_optimizers import CASES, MIXED, WITH_ALL_OPTIMIZERS
+from hard_optimizers import CASES, FUSED_SCALED, MIXED, WITH_ITS_OWN
 
 # Forms that do not wait for whole steps get a reason to, here.
 WAITED_FOR = {
@@ -14,8 +14,6 @@ WAITED_FOR = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("size", [2, 3])
 def test_optimizer(torch_ranks, size, case):
-    optimizers = None if case in WITH_ALL_OPTIMIZERS else ("sgd",)
-    if "LR" in case or case == "copies":  # Lion's own copies lack an attribute
-        optimizers = ("sgd", "adamw")
-    check(torch_ranks(size), "hard_optimizers", case, as_alone=case not in MIXED, waited_for=WAITED_FOR.get(case),
-          optimizers=optimizers)  # fmt: skip
+    optimizers = ("sgd",) if case in WITH_ITS_OWN else None  # a case with its own makes it whatever it is told
+    as_alone = case not in MIXED and case not in FUSED_SCALED
+    check(torch_ranks(size), "hard_optimizers", case, as_alone=as_alone, waited_for=WAITED_FOR.get(case), optimizers=optimizers)
