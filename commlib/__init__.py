@@ -16,6 +16,7 @@ from commlib.errors import (
 )  # fmt: skip
 from commlib.handle import Handle
 from commlib.reduction import Average, Max, Min, Product, ReduceOp, Sum
+from commlib.run import RunError, run
 from commlib.session import Session, forwarded
 from commlib.settings import Settings
 from commlib.version import VERSION as __version__
@@ -126,9 +127,10 @@ start_timeline, stop_timeline = _forward("start_timeline"), _forward("stop_timel
 
 __all__ = [
     "Average", "Buffer", "CommlibError", "Communicator", "ForkedError", "Handle", "Max", "MismatchError", "Min",
-    "PeerLeftError", "PeerLostError", "Product", "ReduceOp", "Settings", "ShutdownError", "StartError", "Sum",
+    "PeerLeftError", "PeerLostError", "Product", "ReduceOp", "RunError", "Settings", "ShutdownError", "StartError", "Sum",
     "__version__", "allgather", "allgather_async", "allreduce", "allreduce_", "allreduce_async", "allreduce_async_",
     "alltoall", "alltoall_async", "barrier", "broadcast", "broadcast_", "broadcast_async", "broadcast_async_",
     "communicator", "cross_rank", "cross_size", "empty", "init", "is_homogeneous", "is_initialized", "local_rank", "local_size",
-    "prepare_allreduce_", "rank", "reducescatter", "reducescatter_async", "shutdown", "size", "start_timeline", "stop_timeline",
+    "prepare_allreduce_", "rank", "reducescatter", "reducescatter_async", "run", "shutdown", "size", "start_timeline",
+    "stop_timeline",
 ]  # fmt: skip

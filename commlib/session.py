@@ -58,7 +58,9 @@ def open_communicator(generation, settings=None, timeout_s=None, environ=None, b
         MismatchError: ranks differ in their settings.
         ValueError: an option that is no setting or cannot have its value; an unknown backend.
     """
-    settings = _starting_settings(settings, bootstrap.options(environ))
+    options = bootstrap.options(environ)
+    _set_log_level(options.get("log_level"))
+    settings = _starting_settings(settings, options)
     if comm is not None or settings.transport == "mpi":
         comm = mpi.communicator_of(comm)
         placement = bootstrap.placed(comm.rank, comm.size, "MPI", environ)
@@ -88,6 +90,19 @@ def _with_secret(placement, source):
     if source is None or placement.secret or placement.size == 1 or rendezvous.is_local(placement.store):
         return placement
     return replace(placement, secret=Secret(source(placement)))
+
+
+def _set_log_level(text):
+    """COMMLIB_LOG_LEVEL, in Horovod's words or logging's. A program that configures no logging sees the lines on stderr."""
+    if text is None:
+        return
+    levels = {"TRACE": logging.DEBUG, "FATAL": logging.CRITICAL}
+    level = levels.get(text.upper(), logging.getLevelName(text.upper()))
+    if not isinstance(level, int):
+        raise ValueError(f"COMMLIB_LOG_LEVEL is {text!r}: it must be TRACE, DEBUG, INFO, WARNING, ERROR or FATAL")
+    _log.setLevel(level)
+    if not _log.hasHandlers():
+        _log.addHandler(logging.StreamHandler())
 
 
 def _maker(backend, makers):

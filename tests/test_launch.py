@@ -8,62 +8,14 @@ import time
 
 import pytest
 from support import program
+from support_launch import IMPATIENT, TIMEOUT_S, environ_with, mark_of, marked, run, start, wait_for
 
 from commlib.settings import Settings
-
-TIMEOUT_S = 20.0
-COMMRUN = [sys.executable, "-m", "commlib.launch"]
-IMPATIENT = [sys.executable, "-c", "import sys; from commlib.launch import job, main\n"
-                                   "job.GRACE_S = job.TERMINATE_S = 0.2; sys.exit(main())"]
-
-
-def start(*arguments, commrun=None, **options):
-    options = dict(dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), **options)
-    return subprocess.Popen((commrun or COMMRUN) + list(arguments), **options)
-
-
-def run(*arguments, **options):
-    process = start(*arguments, **options)
-    try:
-        process.out, process.err = process.communicate(timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    return process
-
-
-def marked(mark):
-    """Pids of living processes whose environment holds MARK=mark: everything a job has started."""
-    wanted, found = f"MARK={mark}".encode(), []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{name}/environ", "rb") as environ, open(f"/proc/{name}/stat", "rb") as stat:
-                if wanted in environ.read().split(b"\0") and b") Z" not in stat.read():
-                    found.append(int(name))
-        except OSError:
-            continue
-    return found
-
-
-def wait_for(condition, what):
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 @pytest.fixture(name="mark")
 def make_mark(request):
-    mark = f"{os.getpid()}-{request.node.name}"
-    yield mark
-    left = marked(mark)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert not left
-
-
-def environ_with(mark, **more):
-    return dict(os.environ, MARK=mark, **more)
+    yield from mark_of(request)
 
 
 # ---- exit codes --------------------------------------------------------------------------------------------------
@@ -100,8 +52,7 @@ def test_ranks_that_ignore_sigterm_are_killed(mark):
     (("-np", "0", "true"), 2, ("-np",)),
     (("-np", "x", "true"), 2, ("-np",)),
     (("true",), 2, ("-np",)),
-    (("-np", "2", "-H", "a:1,b:1", "true"), 2, ("this host only", "torchrun")),
-    (("-np", "2", "-H", "localhost:1", "true"), 2, ("fewer",)),
+    (("-np", "2", "-H", "localhost:1", "true"), 2, ("-np 2", "1 slots of localhost:1")),
     (("-np", "2", "--start-timeout", "0", "true"), 2, ("positive",)),
     (("-np", "2", "--output-filename", "/proc/none", "true"), 2, ("/proc/none", "folder")),
     (("-np", "2", "--settings", "/proc/none", "true"), 2, ("/proc/none", "tune")),
@@ -153,6 +104,20 @@ def test_ranks_are_told_of_the_settings_file(mark, tmp_path):
     assert ran.out.split() == ["3", "3"], ran.err
 
 
+def test_ranks_are_told_how_much_to_log(mark):
+    program = "import commlib; commlib.init()"
+    ran = run("-np", "2", "--log-level", "debug", sys.executable, "-c", program, env=environ_with(mark))
+    assert sorted(re.findall(r"rank (\d) of 2: settings", ran.err)) == ["0", "1"], ran.err
+    ran = run("-np", "1", sys.executable, "-c", program, env=environ_with(mark, COMMLIB_LOG_LEVEL="loud"))
+    assert ran.returncode == 1 and "COMMLIB_LOG_LEVEL is 'loud'" in ran.err
+
+
+def test_ranks_write_a_timeline(mark, tmp_path):
+    program = "import commlib, numpy; commlib.init(); commlib.allreduce(numpy.ones(3), name='w')"
+    ran = run("-np", "2", "--timeline-filename", "trace.json", sys.executable, "-c", program, env=environ_with(mark), cwd=tmp_path)
+    assert ran.returncode == 0 and "allreduce.w" in (tmp_path / "trace.json").read_text(), ran.err
+
+
 def test_rank_0_reads_standard_input(mark):
     process = start("-np", "2", "sh", "-c", "echo $COMMLIB_RANK $(cat)", env=environ_with(mark), stdin=subprocess.PIPE)
     out, _ = process.communicate("typed", timeout=TIMEOUT_S)
@@ -162,7 +127,7 @@ def test_rank_0_reads_standard_input(mark):
 def test_ranks_inherit_no_descriptor_and_no_ignored_signal(mark):
     program = "ls /proc/self/fd | wc -l; grep SigIgn /proc/self/status"
     ran = run("-np", "1", "--prefix-output", "sh", "-c", program, env=environ_with(mark))
-    assert ran.out.split("\n")[0].split() == ["[0]", "4"]  # 0, 1, 2 and the folder itself
+    assert ran.out.split("\n")[0] == "[0]<stdout>:4"  # 0, 1, 2 and the folder itself
     internal = 3 << 31  # 32 and 33 are the C library's own: whoever ignored them, nobody below can change it
     assert int(ran.out.split()[-1], 16) & ~internal == 0
 
@@ -174,13 +139,13 @@ def test_lines_are_labelled(mark):
     ran = run("-np", "2", "--prefix-output", "sh", "-c", script, env=environ_with(mark), text=False)
     for rank in (b"0", b"1"):
         lines = [line for line in re.findall(b"[^\r\n]+[\r\n]", ran.out) if line.startswith(b"[%b]" % rank)]
-        assert lines == [b"[%b] " % rank + text for text in (b"one\n", b"at  1%\r", b"at 2%\r", b"last\n")]
-    assert sorted(ran.err.splitlines()) == [b"[0] two", b"[1] two"]
+        assert lines == [b"[%b]<stdout>:" % rank + text for text in (b"one\n", b"at  1%\r", b"at 2%\r", b"last\n")]
+    assert sorted(ran.err.splitlines()) == [b"[0]<stderr>:two", b"[1]<stderr>:two"]
 
 
 def test_lines_are_stamped(mark):
     ran = run("-np", "1", "--prefix-output-with-timestamp", "echo", "hello", env=environ_with(mark))
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \[0\] hello\n", ran.out)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \[0\]<stdout>:hello\n", ran.out)
 
 
 def test_output_goes_to_files_too(mark, tmp_path):
@@ -198,7 +163,7 @@ def test_much_output_arrives_whole(mark, unbuffered):
     environ = dict(environ_with(mark), PYTHONUNBUFFERED=unbuffered)
     ran = run("-np", "2", "--prefix-output", "seq", "1", "30000", env=environ)
     for rank in (0, 1):
-        assert [int(line[4:]) for line in ran.out.splitlines() if line[1] == str(rank)] == list(range(1, 30001))
+        assert [int(line[len("[0]<stdout>:"):]) for line in ran.out.splitlines() if line[1] == str(rank)] == list(range(1, 30001))
 
 
 def test_a_reader_that_leaves_ends_the_job(mark):
@@ -330,7 +295,7 @@ def test_a_kill_during_init_is_explained_to_the_others(mark):
     assert time.monotonic() - began < 5.0
     assert ran.returncode == 137
     for rank in (0, 2):
-        lines = [line for line in ran.err.splitlines() if line.startswith(f"[{rank}] ")]
+        lines = [line for line in ran.err.splitlines() if line.startswith(f"[{rank}]<stderr>:")]
         assert re.search(r"StartError: rank 1 \(pid \d+\) was killed by signal 9 \(SIGKILL\) while", lines[-1])
 
 
@@ -346,7 +311,7 @@ def test_two_versions_are_named_on_both_sides(mark):
     ran = run("-np", "2", "--prefix-output", *join_program(version="str(p.rank)"), env=environ_with(mark))
     assert ran.returncode == 1
     for rank in (0, 1):
-        assert re.search(rf"\[{rank}\] .*StartError: the ranks differ in commlib version: rank \d .* has \d", ran.err)
+        assert re.search(rf"\[{rank}\]<stderr>:.*StartError: the ranks differ in commlib version: rank \d .* has \d", ran.err)
 
 
 def test_without_commrun_a_kill_of_rank_0_is_noticed(mark):

@@ -1,7 +1,8 @@
 """Becomes one rank: asks the kernel to kill it when commrun dies, then executes the rank's command in its place.
 
 A program of its own (run by path, isolated, without site), because what it does must happen between fork and exec,
-where a Python process with threads may not safely run code. Usage: child.py COMMRUN_PID COMMAND [ARGUMENT ...]
+where a Python process with threads may not safely run code. Usage: child.py COMMRUN_PID MOVES COMMAND [ARGUMENT ...],
+MOVES being "" or descriptors to rename, such as "7:3".
 """
 import ctypes
 import os
@@ -12,10 +13,16 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def main() -> int:
-    commrun_pid, command = int(sys.argv[1]), sys.argv[2:]
+    commrun_pid, moves, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != commrun_pid:
         return 128 + signal.SIGKILL  # commrun died before the kernel was asked
+    for ours, theirs in (map(int, move.split(":")) for move in moves.split(",") if move):
+        if ours != theirs:
+            os.dup2(ours, theirs)
+            os.close(ours)
+        else:
+            os.set_inheritable(ours, True)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)  # Python ignores these, and exec would pass that on
     try:

@@ -3,16 +3,21 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
+import socket
 import sys
 from typing import List, Optional
 
+from commlib.launch import build, environment
+from commlib.launch.caller import Caller
+from commlib.launch.check import Check
+from commlib.launch.cluster import Cluster
 from commlib.launch.job import Job
 from commlib.launch.options import parse
+from commlib.launch.output import say
+from commlib.launch.processes import unusable
 from commlib.settings import Settings
 
 WRONG_OPTION = 2
-NOT_EXECUTABLE, NOT_FOUND = 126, 127  # what shells answer
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -22,14 +27,26 @@ def main(arguments: Optional[List[str]] = None) -> int:
         arguments: the command line without the program name; None: the process's own.
     """
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    program = options.command[0]
-    if shutil.which(program) is None:
-        return _complain(program)
+    environ = {**os.environ, **environment.of_options(options)}
+    if options.check_build:
+        return build.report()
+    if options.check:
+        return Check(options, list(options.slots or {socket.gethostname(): 1}), environ).run()
+    caller = None if options.call is None else Caller(options.call)
     mistake = _mistake(options)
     if mistake is not None:
-        print(f"commrun: {mistake}", file=sys.stderr)
+        say(mistake)
+        if caller is not None:
+            caller.failed(mistake)
         return WRONG_OPTION
-    return Job(options, dict(os.environ)).run()
+    if options.places is not None:
+        return Cluster(options, options.places, environ, caller).run()
+    unusable_program = unusable(options.command[0], environ.get("PATH"))
+    if unusable_program is not None:
+        code, text = unusable_program
+        say(text)
+        return code
+    return Job(options, {**environ, **environment.given(os.environ, options.variables)}, caller).run()
 
 
 def _mistake(options: argparse.Namespace) -> Optional[str]:
@@ -39,19 +56,11 @@ def _mistake(options: argparse.Namespace) -> Optional[str]:
             os.makedirs(options.output_filename, exist_ok=True)
     except OSError as error:
         return f"--output-filename {options.output_filename}: {error.strerror}; name a folder that can be written"
+    if options.ssh_identity_file is not None and not os.access(options.ssh_identity_file, os.R_OK):
+        return f"-i {options.ssh_identity_file}: it cannot be read; name your private key for the hosts"
     try:
         if options.settings is not None:
             Settings.load(options.settings)
     except (OSError, ValueError) as error:
         return f"--settings {options.settings}: {error}; name a file that `commlib tune` or Settings.save wrote"
     return None
-
-
-def _complain(program: str) -> int:
-    """Says why a command cannot be started."""
-    if not os.path.isfile(program):
-        print(f"commrun: {program}: command not found; give a program on PATH or a path to one", file=sys.stderr)
-        return NOT_FOUND
-    advice = f"python {program}" if program.endswith(".py") else f"chmod +x {program}"
-    print(f"commrun: {program}: not executable, or given without a path; try: {advice}", file=sys.stderr)
-    return NOT_EXECUTABLE

@@ -4,10 +4,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from typing import Dict, Iterator, List, Tuple
+from typing import Iterator, List, Mapping, Optional, Sequence, Tuple
 
 _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -20,15 +21,20 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def start(command: List[str], environ: Dict[str, str], stdin, stdout, stderr) -> int:
+def start(command: Sequence[str], environ: Mapping[str, str], stdin, outputs: Mapping[int, int]) -> int:
     """Starts a command that dies with this process, leading a session of its own; returns its pid.
 
+    Args:
+        stdin: as subprocess takes it.
+        outputs: descriptor of the command -> our descriptor that it shall be; 1 and 2 are inherited if they are not here.
     Raises:
         OSError: the system has no room for another process.
     """
-    wrapper = _PROGRAM + [os.path.join(_HERE, "child.py"), str(os.getpid())]
-    process = subprocess.Popen(wrapper + command, env=environ, stdin=stdin, stdout=stdout, stderr=stderr,
-                               start_new_session=True)
+    extra = {theirs: ours for theirs, ours in outputs.items() if theirs > 2}
+    moves = ",".join(f"{ours}:{theirs}" for theirs, ours in extra.items())
+    wrapper = [*_PROGRAM, os.path.join(_HERE, "child.py"), str(os.getpid()), moves]
+    process = subprocess.Popen([*wrapper, *command], env=environ, stdin=stdin, stdout=outputs.get(1), stderr=outputs.get(2),
+                               start_new_session=True, pass_fds=tuple(extra.values()))
     process.returncode = 0  # `reap` waits for it, not subprocess
     return process.pid
 
@@ -101,3 +107,16 @@ def _signal_name(number: int) -> str:
 def exit_code(status: int) -> int:
     """The shells' convention: a process's own code, or 128 + the signal that killed it."""
     return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+NOT_EXECUTABLE, NOT_FOUND = 126, 127  # what shells answer
+
+
+def unusable(program: str, path: Optional[str]) -> Optional[Tuple[int, str]]:
+    """(exit code, text) if a command cannot be started, None if it can."""
+    if shutil.which(program, path=path) is not None:
+        return None
+    if not os.path.isfile(program):
+        return NOT_FOUND, f"{program}: command not found; give a program on PATH or a path to one"
+    advice = f"python {program}" if program.endswith(".py") else f"chmod +x {program}"
+    return NOT_EXECUTABLE, f"{program}: not executable, or given without a path; try: {advice}"
