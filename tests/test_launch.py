@@ -158,6 +158,14 @@ def test_output_goes_to_files_too(mark, tmp_path):
         assert (folder / f"rank.{rank}" / "stderr").read_text() == "err\n"
 
 
+def test_a_full_disk_costs_the_copy_and_not_the_job(mark, tmp_path):
+    (tmp_path / "rank.0").mkdir()
+    (tmp_path / "rank.0" / "stdout").symlink_to("/dev/full")
+    ran = run("-np", "1", "--output-filename", str(tmp_path), "echo", "hello", env=environ_with(mark))
+    assert (ran.returncode, ran.out) == (0, "hello\n")
+    assert "rank.0/stdout" in ran.err and "No space left" in ran.err
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_much_output_arrives_whole(mark, unbuffered):
     environ = dict(environ_with(mark), PYTHONUNBUFFERED=unbuffered)

@@ -110,6 +110,13 @@ def test_environment_and_folder_travel(mark, agent, tmp_path):
     assert sorted(ran.out.splitlines()) == expected, ran.err
 
 
+def test_ranks_import_what_lies_beside_their_script(mark, agent, tmp_path):
+    (tmp_path / "beside.py").write_text("WORD = 'found'")
+    (tmp_path / "script.py").write_text("import beside\nprint(beside.WORD)")
+    ran = run("-H", "a,b", *agent, sys.executable, tmp_path / "script.py", env=environ_with(mark))
+    assert ran.out.split() == ["found"] * 2, ran.err
+
+
 def test_output_is_labelled_and_kept(mark, agent, tmp_path):
     ran = run("-H", "a:1,b:1", *agent, "--prefix-output", "--output-filename", tmp_path / "log", "sh", "-c",
               "echo out; echo err >&2; printf 'no newline'", env=environ_with(mark))  # fmt: skip
@@ -169,14 +176,12 @@ def test_configuration_files_that_make_no_sense(tmp_path, text, word):
     ("a", ("no-such-program",), ("no-such-program", "command not found")),
 ])  # fmt: skip
 def test_a_start_that_fails_is_explained(mark, agent, host, options, words):
-    began = time.monotonic()
     hosts = host if host == "silent" else f"b,{host}"  # a loaded machine may need more than that second for the good one
     ran = run("-H", hosts, *agent, *options, "echo", "started", env=environ_with(mark))
     assert (ran.returncode, ran.out) == (1, ""), ran.err
     for word in (f"host {host}" if options == () or host == "silent" else "host ", *words):
         assert word in ran.err, ran.err
     assert "Traceback" not in ran.err
-    assert time.monotonic() - began < 10.0  # no host is waited for when the job is lost anyway
 
 
 def test_something_prints_into_the_connection(mark, agent, tmp_path):

@@ -6,6 +6,7 @@ single loop waits for what the hosts say; the first failure decides the exit cod
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import secrets
 import signal
@@ -77,12 +78,12 @@ class Cluster:
     def _prepare(self) -> None:
         options = self._options
         environ = {**environment.forwarded(self._environ, options.variables), VARIABLE: new_secret()}
-        header = {"op": "job", "cwd": options.wdir or os.getcwd(), "command": options.command, "environ": environ,
-                  "lost_s": self._links.lost_s, "calls": self._caller is not None}
+        header = {"op": "job", "cwd": options.wdir or os.getcwd(), "command": options.command, "lost_s": self._links.lost_s,
+                  "calls": self._caller is not None}
         for link in self._links.all:
             for start in range(0, len(self._caller.call) if self._caller else 0, _CALL_NBYTES):
                 link.send({"op": "call"}, self._caller.call[start:start + _CALL_NBYTES])
-            link.send(header)
+            link.send(header, json.dumps(environ).encode())
         self._links.wait(self._links.all, "ready", "make itself ready", self._tend)
 
     def _meeting_places(self) -> List[str]:
@@ -112,6 +113,13 @@ class Cluster:
         return [own, *reached]
 
     def _start(self, stores: Sequence[str]) -> None:
+        try:
+            self._terminals.update(((rank, name), terminal_of(self._options, rank, self._size, name))
+                                   for rank in range(self._size) for name in ("stdout", "stderr"))
+        except OSError as error:
+            self._fail(LINK_FAILED, f"--output-filename {self._options.output_filename}: {error}; give it a folder with room, and "
+                                    "raise ulimit -n for many ranks")
+            raise Failed from None
         for link, place, store in zip(self._links.all, self._places, stores):
             if self._options.verbose:
                 say(f"host {link.host}: ranks {place.ranks[0]}-{place.ranks[-1]} meet at {store}")
@@ -200,10 +208,8 @@ class Cluster:
         if name == "result":
             self._caller.take(rank, message.payload)
             return
-        if (rank, name) not in self._terminals:
-            self._terminals[rank, name] = terminal_of(self._options, rank, self._size, name)
         try:
             self._terminals[rank, name].write(message.payload)
-        except BrokenPipeError:  # commrun ... | head: the reader has what it wants
+        except OSError:  # commrun ... | head: the reader has what it wants
             if self._result is None:
                 self._stop(128 + signal.SIGPIPE, firmly())

@@ -6,6 +6,7 @@ job's secret is part of the first order, and so on no command line.
 """
 from __future__ import annotations
 
+import json
 import os
 import platform
 import secrets
@@ -20,7 +21,7 @@ from commlib.bootstrap import StartError
 from commlib.connect import host_identity
 from commlib.launch import environment, network, processes, survey
 from commlib.launch.caller import DESCRIPTOR, file_of
-from commlib.launch.words import LOST_S, MARK, beat_s
+from commlib.launch.words import FOR_HOST_ONLY, LOST_S, MARK, beat_s
 from commlib.launch.loop import WRITE, Loop
 from commlib.launch.ranks import Ranks, firmly
 from commlib.rendezvous import listen
@@ -113,7 +114,8 @@ class Host:
     def _prepare(self, message: Message) -> None:
         """Learns what is to be run; refuses what cannot be."""
         self._job = message.header
-        self._job["environ"] = {**os.environ, **self._job["environ"]}
+        own = {name: value for name, value in os.environ.items() if name not in FOR_HOST_ONLY}
+        self._job["environ"] = {**own, **json.loads(message.payload)}
         try:
             os.chdir(self._job["cwd"])
         except OSError as error:

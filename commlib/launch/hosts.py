@@ -105,7 +105,7 @@ def place(slots: Dict[str, int], size: int) -> List[Place]:
 
 def is_here(host: str) -> bool:
     """Whether a name means this host for certain, so that no ssh is needed."""
-    return host in _HERE or host in (socket.gethostname(), socket.getfqdn())
+    return host in _HERE or host == socket.gethostname()  # no further names: asking for them can take seconds
 
 
 def only_here(slots: Optional[Dict[str, int]]) -> bool:

@@ -17,7 +17,7 @@ from typing import Callable, List, Mapping, Optional
 from commlib.launch import processes
 from commlib.launch.environment import absolute
 from commlib.launch.hosts import is_here
-from commlib.launch.words import MARK
+from commlib.launch.words import FOR_HOST_ONLY, MARK
 from commlib.launch.loop import WRITE, Loop
 from commlib.launch.output import say
 from commlib.rendezvous_wire import Decoder, Message, WireError, encode
@@ -79,7 +79,7 @@ class Link:
         words = ["env"]
         if environ.get("PYTHONPATH"):
             words.append(f"PYTHONPATH={absolute(environ['PYTHONPATH'])}")
-        words += ["PYTHONSAFEPATH=1", self._python, "-m", "commlib.launch.host"]
+        words += [*(f"{name}=1" for name in FOR_HOST_ONLY), self._python, "-m", "commlib.launch.host"]
         if self._options.launch_agent is not None:
             return [*shlex.split(self._options.launch_agent), self.host, *words]
         if self.is_direct:

@@ -33,11 +33,20 @@ class Terminal:
         self._rest = b""
 
     def write(self, data: bytes) -> None:
-        """Takes a piece of the output; an empty one is the end. Raises BrokenPipeError when the reader has gone away."""
+        """Takes a piece of the output; an empty one is the end. Raises OSError when the reader has gone away."""
         if self._copy is not None:
-            _write_whole(self._copy, data)
+            self._write_copy(data)
         _write_whole(self._terminal, self._labelled(data) if self._label else data)
         self._terminal.flush()
+
+    def _write_copy(self, data: bytes) -> None:
+        """A full disk costs the rest of the file, and not the job."""
+        try:
+            _write_whole(self._copy, data)
+        except OSError as error:
+            say(f"cannot write to {self._copy.name}: {error.strerror}; what follows is shown only")
+            self._copy.close()
+            self._copy = None
 
     def close(self) -> None:
         if self._copy is not None:
@@ -81,7 +90,7 @@ class Stream:
             return 0
         try:
             self._write(data)
-        except BrokenPipeError:
+        except OSError:
             return ENDED
         return len(data) or ENDED
 
