@@ -103,8 +103,9 @@ def test_one_remote_host(mark, agent, tmp_path):
 def test_environment_and_folder_travel(mark, agent, tmp_path):
     environ = environ_with(mark, COMMLIB_SPIN_US="7", OMP_NUM_THREADS="3", SECRET_RECIPE="soup", PYTHONPATH="lib", EXTRA="1 '2'\n3")
     agent = ["--launch-agent", f"env -u SECRET_RECIPE -u EXTRA -u COMMLIB_SPIN_US {agent[1]}"]  # a login's own environment
-    program = ("import os; print(os.getcwd(), *(repr(os.environ.get(name)) for name in "
-               "('COMMLIB_SPIN_US', 'OMP_NUM_THREADS', 'SECRET_RECIPE', 'EXTRA', 'WORD', 'PYTHONPATH', 'COMMLIB_CROSS_RANK')))")
+    names = ("COMMLIB_SPIN_US", "OMP_NUM_THREADS", "SECRET_RECIPE", "EXTRA", "WORD", "PYTHONPATH", "COMMLIB_CROSS_RANK")
+    program = ("import os, sys\n"
+               f"sys.stdout.write(' '.join([os.getcwd(), *(repr(os.environ.get(name)) for name in {names})]) + '\\n')")
     ran = run("-H", "a,b", *agent, "-x", "EXTRA", "-x", "WORD=x=y", sys.executable, "-c", program, env=environ, cwd=tmp_path)
     expected = [f"{tmp_path} '7' '3' None {environ['EXTRA']!r} 'x=y' {str(tmp_path / 'lib')!r} '{index}'" for index in range(2)]
     assert sorted(ran.out.splitlines()) == expected, ran.err
@@ -234,7 +235,7 @@ def ended(process):
 
 
 def ranks_of(mark):
-    return [pid for pid in marked(mark) if b"COMMLIB_RANK=" in open(f"/proc/{pid}/environ", "rb").read()]
+    return [pid for pid in marked(mark) if any(item.startswith(b"COMMLIB_RANK=") for item in words_of(pid, "environ"))]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -253,9 +254,17 @@ def test_a_killed_commrun_leaves_nobody(mark, agent):
     wait_for(lambda: not marked(mark), "ranks outlive commrun")
 
 
+def words_of(pid, what):
+    """A process's "environ" or "cmdline"; empty if it has just ended."""
+    try:
+        with open(f"/proc/{pid}/{what}", "rb") as file:
+            return file.read().split(b"\0")
+    except OSError:
+        return [b""]
+
+
 def command_of(pid):
-    with open(f"/proc/{pid}/cmdline", "rb") as file:
-        return file.read().split(b"\0")
+    return words_of(pid, "cmdline")
 
 
 def test_a_killed_host_program_takes_its_ranks_along_and_is_named(mark, agent):
@@ -284,6 +293,7 @@ def test_a_cut_connection_ends_both_sides(mark, agent):
     assert code == 1 and re.search(r"host far: it has been silent for 1.5 s", err), err
     for pid in cats(mark):  # what a cut network leaves of ssh
         os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not marked(mark), "something outlives the connection")
 
 
 def test_a_connection_that_stalls_for_a_while_is_not_lost(mark, agent):
@@ -312,8 +322,7 @@ def test_nothing_of_this_environment_reaches_a_command_line(mark, agent):
                     env=environ_with(mark))  # fmt: skip
     for _ in range(2):
         assert process.stdout.readline() == "up\n"
-    secret = next(item for pid in ranks_of(mark) for item in open(f"/proc/{pid}/environ", "rb").read().split(b"\0")
-                  if item.startswith(b"COMMLIB_SECRET="))  # fmt: skip
+    secret = next(item for pid in ranks_of(mark) for item in words_of(pid, "environ") if item.startswith(b"COMMLIB_SECRET="))
     words = [word for pid in marked(mark) if pid != process.pid for word in command_of(pid)]
     assert not [word for word in words if b"5ecret-word" in word or secret.partition(b"=")[2] in word]
     process.send_signal(signal.SIGINT)
