@@ -130,9 +130,10 @@ def test_output_is_labelled_and_kept(mark, agent, tmp_path):
 
 
 def test_much_output_arrives_whole_through_a_slow_reader(mark, agent):
-    process = start("-H", "a,b", *agent, "--prefix-output", "seq", "1", "100000", env=environ_with(mark))
-    wait_for(lambda: len(marked(mark)) >= 2, "nothing was started")
-    time.sleep(0.5)  # nobody reads: pipes fill, and hosts must hold their ranks back
+    process = start("-H", "a,b", *agent, "--prefix-output", "--heartbeat-timeout", "2", "seq", "1", "100000",
+                    env=environ_with(mark))  # fmt: skip
+    wait_for(lambda: len(ranks_of(mark)) == 2, "nothing was started")
+    time.sleep(3.0)  # nobody reads: pipes fill, hosts hold their ranks back, and nobody takes commrun for dead
     out, err = process.communicate(timeout=20.0)
     assert process.returncode == 0, err
     for rank in (0, 1):

@@ -70,14 +70,14 @@ class Host:
         return 1 if self._lost else 0
 
     def _turn(self) -> None:
-        self._heard = False
+        looked_at = time.monotonic()
         silent_at = float("inf") if self._lost else self._heard_at + self._lost_s
         own = float("inf") if self._ranks is None else self._ranks.deadline
         self._loop.turn(min(silent_at, own, float("inf") if self._lost else self._beat_at))
-        now = time.monotonic()
-        # only after looking: if it was we who were stopped, what was said meanwhile lies there
-        if not self._heard and not self._lost and now >= self._heard_at + self._lost_s:
+        # only if a look after that time found nothing: if it was we who were stopped, what was said meanwhile lies there
+        if not self._lost and looked_at >= self._heard_at + self._lost_s:
             self._lose()
+        now = time.monotonic()
         if now >= self._beat_at:
             self._beat_at = now + beat_s(self._lost_s)
             self._send({"op": "alive"})
@@ -98,7 +98,7 @@ class Host:
         if not data:
             self._lose()
             return
-        self._heard, self._heard_at = True, time.monotonic()
+        self._heard_at = time.monotonic()
         self._decoder.feed(data)
         message = self._decoder.next()
         while message is not None:

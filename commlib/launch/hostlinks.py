@@ -109,11 +109,12 @@ class HostLinks:
     def turn(self, deadline: float) -> None:
         """One turn of the loop, with an eye on hosts that have gone silent."""
         silent_at = min((link.heard_at for link in self._begun), default=float("inf")) + self.lost_s
+        looked_at = time.monotonic()
         self._loop.turn(min(deadline, silent_at))
-        now = time.monotonic()
         for link in self._begun:
-            # a turn has just looked: had it said anything while we were stopped ourselves, it would have been heard
-            if now >= link.heard_at + self.lost_s:
+            # Only what a look after that time did not find was not said: we may have been stopped ourselves, or waiting
+            # for the user's terminal.
+            if looked_at >= link.heard_at + self.lost_s:
                 link.close()
                 self._lost(link, f"it has been silent for {self.lost_s:g} s, so it, its network or ssh is gone; its ranks end "
                                  "themselves when they notice the same")
