@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -206,15 +207,21 @@ static void disarm(cl_engine *engine)
 /* ---- the thread ---------------------------------------------------------------------------------------------- */
 
 /* A dead process may have said its last words: they are read first, since a goodbye makes its death no failure. */
-static void on_death(cl_engine *engine, int32_t rank)
+static void bury(cl_engine *engine, int32_t rank)
 {
     cl_peer *peer = &engine->peers[rank];
-    if (peer->link == NULL)
-        return;
-    epoll_ctl(engine->runtime->epoll, EPOLL_CTL_DEL, cl_shm_pidfd(peer->link), NULL);
     while (!peer->lost && peer->link->transport->progress(peer->link) > 0)
         ;
     cl_engine_lost(engine, rank, "its process died", true);
+}
+
+static void on_death(cl_engine *engine, int32_t rank)
+{
+    cl_link *link = engine->peers[rank].link;
+    if (link == NULL)
+        return;
+    epoll_ctl(engine->runtime->epoll, EPOLL_CTL_DEL, cl_shm_pidfd(link), NULL);
+    bury(engine, rank);
 }
 
 static void stop_polling(cl_engine *engine, int32_t rank)
@@ -547,12 +554,25 @@ void cl_engine_fail(cl_engine *engine, const char *text)
 
 /* ---- the end ------------------------------------------------------------------------------------------------- */
 
+/* The thread, which else hears of it, is kept out here. */
+static void bury_the_dead(cl_engine *engine)
+{
+    for (int32_t r = 0; r < engine->size; r++) {
+        const cl_peer *peer = &engine->peers[r];
+        struct pollfd process = {.fd = peer->link == NULL || peer->lost ? -1 : cl_shm_pidfd(peer->link), .events = POLLIN};
+        if (process.fd >= 0 && poll(&process, 1, 0) > 0)
+            bury(engine, r);
+    }
+}
+
 static void flush_links(cl_engine *engine, double deadline_s)
 {
     const struct timespec pause = {0, 50000};
     while (cl_engine_pending(engine) > 0 && cl_engine_now(engine) < deadline_s)
-        if (cl_engine_progress(engine) == 0)
+        if (cl_engine_progress(engine) == 0) {
+            bury_the_dead(engine); /* who reads nothing any more is not waited for */
             nanosleep(&pause, NULL); /* only at the end of a life: not worth arming */
+        }
 }
 
 static void stop_thread(struct cl_runtime *runtime)

@@ -15,7 +15,7 @@ def sums(seed):
     communicator = commlib.communicator()
     random = np.random.default_rng(seed)
     for case in range(60):
-        count = int(random.integers(0, 70_000))
+        count = int(random.integers(0, 1_000_000 if case % 12 == 0 else 70_000))
         dtype = random.choice(["float32", "int64", "uint8", "float16"])
         is_shared = (case + communicator.rank) % 3 != 0
         array = communicator.empty(count, dtype) if is_shared else np.zeros(count, dtype)
@@ -30,6 +30,9 @@ def sums(seed):
         array[:] = values + communicator.rank
         communicator.allreduce_(array, op=commlib.Sum)
         np.testing.assert_array_equal(array, want.astype(dtype))
+        array[:] = values * communicator.size
+        communicator.allreduce_(array, op=commlib.Average)
+        np.testing.assert_array_equal(array, values * communicator.size)
     return True
 
 

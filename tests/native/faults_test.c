@@ -6,8 +6,10 @@
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -148,6 +150,46 @@ static void test_fork(world (*make)(int32_t, const cl_settings *))
     free_world(&w);
     close(pipes[1]);
     CHECK(waitpid(child, &child_status, 0) == child && WIFEXITED(child_status) && WEXITSTATUS(child_status) == 0);
+}
+
+/* Who shuts down does not wait, for all that it may linger, until a dead rank has read its last words. */
+static void test_death_of_a_peer_while_leaving(void)
+{
+    enum { COUNT = 400000, LINGER_MS = 50000 };
+    cl_settings settings = tiny_settings();
+    world w = {.size = 2};
+    int memfds[2], doorbells[2];
+    pid_t child = fork(); /* the other rank's process, as far as its pidfd says */
+    if (child == 0)
+        for (;;)
+            pause();
+    for (int32_t r = 0; r < 2; r++) {
+        CHECK(cl_engine_new(r, 2, &settings, &w.engines[r]) == CL_OK);
+        CHECK(cl_shm_create(w.engines[r], 1, &memfds[r], &doorbells[r]) == CL_OK);
+    }
+    int pidfd = (int)syscall(SYS_pidfd_open, child, 0);
+    CHECK(cl_shm_attach(w.engines[0], 1, dup(memfds[1]), dup(doorbells[1]), pidfd, 0, 0) == CL_OK);
+    CHECK(cl_shm_attach(w.engines[1], 0, dup(memfds[0]), dup(doorbells[0]), -1, 0, 0) == CL_OK);
+    plan_world(&w);
+    int32_t *data[2] = {calloc(COUNT, sizeof(int32_t)), calloc(COUNT, sizeof(int32_t))};
+    cl_operation *operations[2];
+    for (int32_t r = 0; r < 2; r++)
+        operations[r] = submit_sum(&w, r, 1, data[r], COUNT, 0);
+    for (int round = 0; pidfd >= 0 && cl_engine_pending(w.engines[0]) == 0; round++) {
+        CHECK(round < 100);
+        cl_engine_progress(w.engines[1]);
+        cl_engine_progress(w.engines[0]);
+    }
+    CHECK(kill(child, SIGKILL) == 0 && waitpid(child, NULL, 0) == child);
+    double begin_s = cl_engine_now(w.engines[0]);
+    CHECK(cl_engine_shutdown(w.engines[0], LINGER_MS) == CL_OK);
+    CHECK(cl_engine_now(w.engines[0]) - begin_s < 0.5e-3 * LINGER_MS);
+    for (int32_t r = 0; r < 2; r++) {
+        CHECK(cl_engine_shutdown(w.engines[r], 0) == CL_OK && cl_operation_done(operations[r]));
+        cl_operation_release(operations[r]);
+        free(data[r]);
+    }
+    free_world(&w);
 }
 
 /* ---- a link played by the test ------------------------------------------------------------------------------- */
@@ -495,6 +537,7 @@ static const struct {
     {"fork, tcp", test_fork_tcp},
     {"failure while a frame is half in", test_failure_while_a_frame_is_half_in},
     {"failure returns budget", test_failure_returns_budget},
+    {"death of a peer while leaving", test_death_of_a_peer_while_leaving},
     {"revoked message returns budget", test_revoked_message_returns_budget},
     {"very late data", test_very_late_data},
     {"an eager message without a place", test_eager_message_without_a_place},

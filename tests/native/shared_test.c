@@ -3,6 +3,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "../../native/shm.h"
 #include "world.h"
 
 enum { BLOCKS = 40, ROUNDS = 400, OPERATIONS = 30, HUGE_PAGE_NBYTES = 2 << 20 };
@@ -44,6 +45,61 @@ static void test_blocks(uint64_t seed)
             CHECK(nbytes[i] == 0 || *(uint8_t *)cl_shared_address(blocks[i]) == i + 1);
             cl_shared_free(blocks[i]);
         }
+}
+
+/* More than there is; and what was freed is lent out again, as zeros, whole or in parts. */
+static void test_full_heap(void)
+{
+    cl_settings settings = ordinary_settings();
+    world w = shm_world(2, &settings);
+    cl_shared *block, *other;
+    CHECK(cl_shared_new(w.engines[0], UINT64_MAX, &block) == CL_NO_MEMORY);
+    CHECK(cl_shared_new(w.engines[0], UINT64_C(1) << 46, &block) == CL_NO_MEMORY);
+    CHECK(cl_shared_new(w.engines[0], 3 * HUGE_PAGE_NBYTES + 5, &block) == CL_OK);
+    uint8_t *address = cl_shared_address(block);
+    memset(address, 1, 3 * HUGE_PAGE_NBYTES + 5);
+    cl_shared_free(block);
+    CHECK(cl_shared_new(w.engines[0], HUGE_PAGE_NBYTES, &block) == CL_OK && cl_shared_address(block) == address);
+    CHECK(cl_shared_new(w.engines[0], HUGE_PAGE_NBYTES, &other) == CL_OK);
+    CHECK((uint8_t *)cl_shared_address(other) == address + HUGE_PAGE_NBYTES);
+    for (uint32_t k = 0; k < 2 * HUGE_PAGE_NBYTES; k += 509)
+        CHECK(address[k] == 0);
+    cl_shared_free(block);
+    cl_shared_free(other);
+    free_world(&w);
+}
+
+/* A reference to where nothing lies ends the link with an error instead of an operation that is never done. */
+static void test_unsound_reference(void)
+{
+    enum { COUNT = 100000 };
+    cl_settings settings = ordinary_settings();
+    world w = shm_links(2, &settings);
+    cl_shared *block;
+    cl_operation *operations[2];
+    int32_t *other = calloc(COUNT, sizeof(int32_t));
+    CHECK(cl_shared_new(w.engines[0], COUNT * sizeof(int32_t), &block) == CL_OK);
+    cl_request first = sum_request(&w, 0, 1, cl_shared_address(block), COUNT), second = sum_request(&w, 1, 1, other, COUNT);
+    CHECK(cl_submit(w.engines[0], &first, &operations[0]) == CL_OK);
+    CHECK(cl_submit(w.engines[1], &second, &operations[1]) == CL_OK);
+    cl_ring_header *ring = (cl_ring_header *)(w.engines[0]->shm->memory + cl_shm_slot_offset(w.engines[0], 0));
+    for (int round = 0; ring->references[0].offset == 0; round++) {
+        CHECK(round < 10);
+        cl_engine_progress(w.engines[1]);
+        cl_engine_progress(w.engines[0]);
+    }
+    ring->references[0].offset = UINT64_MAX - 64;
+    for (int round = 0; round < 10; round++) {
+        cl_engine_progress(w.engines[1]);
+        cl_engine_progress(w.engines[0]);
+    }
+    for (int r = 0; r < 2; r++) {
+        CHECK(cl_operation_done(operations[r]) && w.engines[r]->health == CL_PEER_LOST);
+        cl_operation_release(operations[r]);
+    }
+    cl_shared_free(block);
+    free(other);
+    free_world(&w);
 }
 
 static uint64_t count_of(uint64_t seed, uint32_t number)
@@ -134,6 +190,8 @@ static void *leaving(void *argument)
 
 int main(void)
 {
+    test_full_heap();
+    test_unsound_reference();
     for (uint64_t seed = 1; seed <= 3; seed++) {
         test_blocks(seed);
         for (int32_t size = 2; size <= 4; size++)
