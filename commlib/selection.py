@@ -25,10 +25,11 @@ _GAMMA = 1e-10
 _CHUNK_LATENCIES = 4
 _SEGMENTS = 4
 
-# Inside a host what is sent and what it is added to should stay in a core's second-level cache. Measured on 2 ranks with
-# 1 MiB of it, 64 MiB: arrays in shared memory take 4.5 ms with this segment and 5.1 with twice as much, private ones 5.4
-# and 5.6.
-_SEGMENT_INSIDE_NBYTES = 512 << 10
+# Inside a host a chunk of private memory goes through a place of this size in the second-level cache (CL_STAGE_NBYTES of
+# native/shm.h), and what is longer takes two passes more. Measured on 2 ranks with 1 MiB of that cache, with half of it,
+# it and twice as much: 4 MiB of private memory take 239, 202 and 282 us, 64 MiB 5.9, 5.5 and 7.5 ms; of shared memory
+# 149, 105 and 73 us, and 4.0, 3.3 and 3.0 ms.
+_CHUNK_INSIDE_NBYTES = 128 << 10
 
 # Overlapped operations between hosts share each rank's one port. A ring has one neighbour on each side, so their
 # messages never wait for each other's partners, and its latency is hidden by the others in flight: it is worth having
@@ -111,7 +112,7 @@ def _segment_nbytes(nbytes, nchunks, shape, machine, settings):
     longest = settings.segment_nbytes
     if shape.hosts == 1:
         latency_nbytes = machine.inside.alpha_s / machine.inside.beta_s_per_byte
-        longest = min(longest, _SEGMENT_INSIDE_NBYTES)
+        longest = min(longest, _CHUNK_INSIDE_NBYTES * nchunks)
     else:
         latency_nbytes = machine.between.alpha_s / machine.between.beta_s_per_byte
     shortest = _CHUNK_LATENCIES * latency_nbytes * nchunks

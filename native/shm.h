@@ -20,8 +20,8 @@ enum {
     CL_PAGE = 4096,
     CL_LINE = 64,
     CL_REFERENCES = 32, /* by reference and not yet read, per ring; a power of two */
-    CL_STAGES = 8,
-    CL_STAGE_NBYTES = 128 * 1024 /* all places together take 1 MiB, of which a few are in use: they stay in the L2 */
+    CL_STAGES = 4,
+    CL_STAGE_NBYTES = 128 * 1024 /* all places take 512 KiB: half of a core's second-level cache, beside what is reduced */
 };
 
 /* Of one payload that goes by reference. */
