@@ -226,8 +226,8 @@ static void stage_came_back(shm_link *link, uint64_t offset)
     if (offset < link->shm->stages_offset || offset >= link->shm->heap_offset)
         return;
     cl_stage *stage = &link->shm->stages[(offset - link->shm->stages_offset) / CL_STAGE_NBYTES];
-    if (stage->link != link)
-        return; /* forgotten meanwhile */
+    if (stage->link != link || stage->key != link->in_frame.key)
+        return; /* forgotten meanwhile, and perhaps lent anew */
     stage->returned = true;
     if (!stage->unread)
         stage->link = NULL;

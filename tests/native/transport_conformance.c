@@ -86,6 +86,7 @@ static cl_frame frame_of(uint64_t seed, int sender, uint32_t index, uint32_t siz
     cl_frame frame = {.arg = next_random(&random), .meta = {.count = next_random(&random)}};
     frame.key = 100 * (uint64_t)sender + next_random(&random) % KEYS;
     frame.type = (uint8_t)(100 + next_random(&random) % 100); /* neither the engine's nor a transport's own */
+    frame.flags = next_random(&random) % 2 ? CL_FRAME_LENDS : 0;
     frame.segment = (uint32_t)next_random(&random);
     frame.nbytes = (uint32_t)(next_random(&random) % (limit + 1));
     frame.token = index;
