@@ -26,10 +26,10 @@ _CHUNK_LATENCIES = 4
 _SEGMENTS = 4
 
 # Inside a host a chunk of private memory goes through a place of this size in the second-level cache (CL_STAGE_NBYTES of
-# native/shm.h), and what is longer takes two passes more. Measured on 2 ranks with 1 MiB of that cache, with half of it,
-# it and twice as much: 4 MiB of private memory take 239, 202 and 282 us, 64 MiB 5.9, 5.5 and 7.5 ms; of shared memory
-# 149, 105 and 73 us, and 4.0, 3.3 and 3.0 ms.
-_CHUNK_INSIDE_NBYTES = 128 << 10
+# native/shm.h), and what is longer takes a pass more. Measured on 2 ranks with 1 MiB of that cache: two places of 256 KiB
+# take 119 us for 4 MiB, 642 for 16 and 3.9 ms for 64, four of half the size 125, 725 and 4.2; arrays in shared memory,
+# which need no such place, 52 and 62 us for 4 MiB.
+_CHUNK_INSIDE_NBYTES = 256 << 10
 
 # Overlapped operations between hosts share each rank's one port. A ring has one neighbour on each side, so their
 # messages never wait for each other's partners, and its latency is hidden by the others in flight: it is worth having

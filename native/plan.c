@@ -204,6 +204,10 @@ static bool answers(const cl_plan *plan, uint32_t first, uint32_t second)
            plan->needs[second] == 1;
 }
 
+/*
+ * Between two ranks alone: of several, only the last to contribute could be answered so, and the others' payloads would
+ * compete for places that do nothing for them.
+ */
 static int find_answers(cl_plan *plan)
 {
     plan->answer = calloc(plan->nsteps + 1, sizeof(uint32_t));
@@ -212,7 +216,7 @@ static int find_answers(cl_plan *plan)
         return CL_NO_MEMORY;
     for (uint32_t i = 0; i < plan->nsteps; i++) {
         for (uint32_t d = i == 0 ? 0 : plan->dependents_end[i - 1]; d < plan->dependents_end[i]; d++)
-            if (answers(plan, i, plan->dependents[d]))
+            if (plan->npeers == 1 && answers(plan, i, plan->dependents[d]))
                 plan->answer[i] = plan->dependents[d] + 1;
         for (int32_t c = plan->steps[i].first_chunk; plan->steps[i].kind != CL_SEND && c < plan->steps[i].end_chunk; c++)
             plan->last_writer[c] = i + 1;

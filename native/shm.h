@@ -20,8 +20,8 @@ enum {
     CL_PAGE = 4096,
     CL_LINE = 64,
     CL_REFERENCES = 32, /* by reference and not yet read, per ring; a power of two */
-    CL_STAGES = 4,
-    CL_STAGE_NBYTES = 128 * 1024 /* all places take 512 KiB: half of a core's second-level cache, beside what is reduced */
+    CL_STAGES = 2,
+    CL_STAGE_NBYTES = 256 * 1024 /* one is filled while the other is read; both take half of a core's second-level cache */
 };
 
 /* Of one payload that goes by reference. */
