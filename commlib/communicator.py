@@ -52,6 +52,7 @@ class Communicator:
         self.cross_rank = topology.cross_rank
         self.cross_size = topology.cross_size
         self.is_homogeneous = topology.is_homogeneous
+        self.transports = topology.transports
         self.host_sizes = tuple(topology.hosts.count(host) for host in range(max(topology.hosts) + 1))
         self.control = Control(self.exchange, self.rank, self.size)
         self.timeline = None

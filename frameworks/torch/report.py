@@ -111,7 +111,8 @@ def _route(communicator, nbytes):
     if communicator.backend != "native":
         return "its own", communicator.backend
     algorithm = communicator.algorithm("allreduce", nbytes, overlapped=True)
-    inside = "tcp" if settings.transport == "tcp" else "shm"
+    inside = settings.transport if settings.transport in ("tcp", "mpi") else "shm"
+    between = "mpi" if "mpi" in communicator.transports.values() else "tcp"
     if len(communicator.host_sizes) == 1:
         return algorithm, inside
-    return algorithm, "tcp" if max(communicator.host_sizes) == 1 else f"{inside}, tcp between hosts"
+    return algorithm, between if max(communicator.host_sizes) == 1 else f"{inside}, {between} between hosts"
