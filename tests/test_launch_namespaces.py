@@ -108,7 +108,8 @@ LOOP = ("import commlib, numpy, sys; c = commlib.init()\n"
 def test_a_link_that_goes_down_ends_the_job(mark, hosts):
     """Silently: only time-outs see it. commrun itself is reached by another way and hears both hosts."""
     options, left = hosts
-    process = start("-H", f"{LEFT},{RIGHT}", *options, sys.executable, "-c", LOOP, env=environ_with(mark, COMMLIB_LOST_MS="1000"))
+    environ = environ_with(mark, COMMLIB_HEARTBEAT_MS="300", COMMLIB_LOST_MS="1500")
+    process = start("-H", f"{LEFT},{RIGHT}", *options, sys.executable, "-c", LOOP, env=environ)
     try:
         for _ in range(2):
             assert process.stdout.readline() == "up\n", process.stderr.read()
