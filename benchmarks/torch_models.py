@@ -48,6 +48,19 @@ def vgg16(width=64, hidden=4096, classes=1000):
     return nn.Sequential(*layers, nn.Linear(hidden, classes))
 
 
+def alexnet(classes=1000):
+    """AlexNet for images of 224 x 224, in one column: 16 parameters, 61.1 million elements; Krizhevsky, arXiv:1404.5997."""
+    layers, inputs = [], 3
+    for outputs, kernel, stride, padding, pools in ((64, 11, 4, 2, True), (192, 5, 1, 2, True), (384, 3, 1, 1, False),
+                                                    (256, 3, 1, 1, False), (256, 3, 1, 1, True)):  # fmt: skip
+        layers += [nn.Conv2d(inputs, outputs, kernel, stride, padding), nn.ReLU()]
+        layers += [nn.MaxPool2d(3, 2)] if pools else []
+        inputs = outputs
+    layers += [nn.Flatten(), nn.Dropout(), nn.Linear(256 * 6 * 6, 4096), nn.ReLU()]
+    layers += [nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, classes)]
+    return nn.Sequential(*layers)
+
+
 class Block(nn.Module):
     """GPT-2's block: attention and a perceptron, each behind a normalization, Radford et al. 2019."""
 
