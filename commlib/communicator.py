@@ -130,7 +130,7 @@ class Communicator:
         return self._submitter.prepare("allreduce", name, buffer, buffer, priority=priority, op=op,
                                        scales=(float(prescale_factor), float(postscale_factor)), result=array)  # fmt: skip
 
-    def empty(self, shape, dtype="float32"):
+    def empty(self, shape, dtype="float32", *, shared_only=False):
         """A new array of zeros in memory that all ranks of this host map: collectives on it copy nothing between them.
 
         Reductions read it where it lies. It is ordinary memory where no other rank is on this host, where links are tcp, and
@@ -139,6 +139,7 @@ class Communicator:
         Args:
             shape: an int or a tuple.
             dtype: of NumPy.
+            shared_only: True: None instead of ordinary memory.
 
         Raises:
             MemoryError: there is no memory.
@@ -149,7 +150,7 @@ class Communicator:
             np.float32(0.0)
             >>> commlib.shutdown()
         """
-        return new_shared(self._engine.shared_memory, shape, dtype)
+        return new_shared(self._engine.shared_memory, shape, dtype, shared_only)
 
     def _allreduce(self, array, source, is_new, name, op, priority, prescale, postscale, overlapped=False, lazy=False):
         check_op(op, source.dtype)

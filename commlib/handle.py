@@ -24,13 +24,14 @@ class Handle:
         array([2., 2., 2.], dtype=float32)
     """
 
-    __slots__ = ("name", "kind", "lane", "operation", "_engine", "_flight", "_use", "_keep", "_finish", "_result", "_state",
+    __slots__ = ("name", "kind", "lane", "note", "operation", "_engine", "_flight", "_use", "_keep", "_finish", "_result", "_state",
                  "__weakref__")  # fmt: skip
 
     def __init__(self, flight, use, kind, name, keep, finish, result):
         self.name = name
         self.kind = kind
         self.lane = None
+        self.note = None  # a word of the submitter's own, for the timeline
         self.operation = None
         self._engine = flight.engine
         self._flight = flight

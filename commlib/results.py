@@ -29,14 +29,14 @@ class EngineMemory:
         }  # fmt: skip
 
 
-def new_shared(allocate, shape, dtype):
-    """An array of zeros over memory from allocate(nbytes), or ordinary memory where that gives None."""
+def new_shared(allocate, shape, dtype, shared_only=False):
+    """An array of zeros over memory from allocate(nbytes); where that gives None, over ordinary memory or None too."""
     dtype = numpy.dtype(dtype)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     nbytes = math.prod(shape) * dtype.itemsize
     memory = allocate(nbytes) if nbytes else None
     if memory is None:
-        return numpy.zeros(shape, dtype)
+        return None if shared_only else numpy.zeros(shape, dtype)
     return numpy.frombuffer(memory, dtype).reshape(shape)
 
 

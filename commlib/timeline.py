@@ -87,8 +87,11 @@ class Timeline:
         started_s = started_s if started_s >= 0 else done_s
         kind, track = handle.kind, _FIRST_LANE + handle.lane
         word = kind.upper()
+        whole = _complete(f"{kind}.{handle.name}", kind, submitted_s, done_s, self.rank, track)
+        if handle.note is not None:
+            whole["args"] = {"memory": handle.note}
         self._add(
-            _complete(f"{kind}.{handle.name}", kind, submitted_s, done_s, self.rank, track),
+            whole,
             _complete(f"NEGOTIATE_{word}", "queued", submitted_s, started_s, self.rank, track),
             _complete(word, "transferring", started_s, done_s, self.rank, track),
         )

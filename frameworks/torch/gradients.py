@@ -263,8 +263,8 @@ class GradientExchange:
         if len(tensors) > 1 and (group.absent or tensors[0].dtype is not group.dtype) and not group.fits():
             self._send_apart(group)
             return
-        group.versions = [getattr(tensor, "_version", None) for tensor in tensors]
-        group.handle = group.submit(self.communicator)
+        group.handle = group.submit(self.communicator)  # here nothing but the list holds a gradient: storage.py counts
+        group.versions = [getattr(tensor, "_version", None) for tensor in group.tensors]
         group.phase = _FLYING
         self.first_use.sent.append(group.priority)
 

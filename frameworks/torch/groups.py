@@ -9,13 +9,15 @@ This file knows parameters, gradients and memory; it communicates nothing.
 """
 
 import sys
+import time
 from enum import Enum
 from operator import attrgetter, is_
 from typing import NamedTuple
 
 import torch
 
-from commlib.torch.tensors import buffer_of, contiguous
+from commlib.torch.storage import COPIED, PRIVATE, SMALL_NBYTES, Place, shared_tensor
+from commlib.torch.tensors import buffer_of
 
 # A loop in C over the tensors of a group costs a fifth of one in Python.
 _VERSION_OF, _DTYPE_OF, _LAYOUT_OF, _HAS_GRAPH = map(attrgetter, ("_version", "dtype", "layout", "requires_grad"))
@@ -47,9 +49,6 @@ CAME_LATE = (
     "optimizer.zero_grad(), and begin the step again"
 )
 
-# To copy 64 KiB in and out of a buffer takes 10 to 20 us, what an operation costs at least.
-SMALL_NBYTES = 64 << 10
-
 
 class Capacity(NamedTuple):
     """How many tensors, and how many bytes, a group takes before it is full."""
@@ -74,9 +73,10 @@ class Gradient:
             backward within backward, a layer that is in two of them gets its gradient in two pieces.
         left: how often it is still to arrive before it is sent.
         version: of p.grad when it arrived last, as long as its uses are not known.
+        place: where it is reduced while it travels by itself.
     """
 
-    __slots__ = ("parameter", "name", "number", "priority", "group", "uses", "left", "version")
+    __slots__ = ("parameter", "name", "number", "priority", "group", "uses", "left", "version", "place")
 
     def __init__(self, parameter, name, number):
         self.parameter = parameter
@@ -86,6 +86,7 @@ class Gradient:
         self.group = None
         self.uses = self.version = None
         self.left = 0
+        self.place = Place()
 
     def expect(self, passes):
         """A step of so many backward passes begins."""
@@ -121,10 +122,11 @@ class Group:
         nbytes, dtype: of the operation.
         exposed_s: how long the main thread has waited for it, in all steps.
         options: keyword arguments of the operation.
+        path: where its bytes were reduced last: a word of storage.py.
     """
 
     __slots__ = ("gradients", "parameters", "name", "priority", "phase", "missing", "absent", "tensors", "versions", "dtype",
-                 "nbytes", "exposed_s", "handle", "options", "_wire", "_views", "_buffer", "_owners")  # fmt: skip
+                 "nbytes", "exposed_s", "handle", "options", "path", "_wire", "_views", "_buffer", "_owners")  # fmt: skip
 
     def __init__(self, gradients, prefix, options):
         first = gradients[0]
@@ -136,6 +138,7 @@ class Group:
         self.dtype = first.parameter.dtype
         self.nbytes = sum(parameter.numel() for parameter in self.parameters) * first.parameter.element_size()
         self.exposed_s = 0.0
+        self.path = PRIVATE
         self._wire = self._views = self._buffer = None
         for gradient in gradients:
             gradient.group = self
@@ -189,17 +192,25 @@ class Group:
 
     def submit(self, communicator):
         """Sends the group's bytes. Returns the operation's handle."""
-        return communicator.allreduce_async_(self.gather(), **self.options)
+        begin_s = time.monotonic()
+        buffer = self.gather(communicator)
+        if communicator.timeline is not None and self.path is COPIED:
+            communicator.timeline.span(f"copy {self.name}", "copy", begin_s, time.monotonic())
+        handle = communicator.allreduce_async_(buffer, **self.options)
+        handle.note = self.path
+        return handle
 
-    def gather(self):
+    def gather(self, communicator):
         """Brings the members' tensors together. Returns the Buffer to be reduced in place."""
         if len(self.gradients) == 1:
             if self.absent:
                 self.tensors = [torch.zeros_like(self.parameters[0], requires_grad=False)]
-            self._wire = contiguous(self.tensors[0])
+            place = self.gradients[0].place
+            self._wire = place.bring(communicator, self.parameters[0], self.tensors)
+            self.path = place.path
             return buffer_of(self._wire)
         if self._views is None:
-            self._make_buffer()
+            self._make_buffer(communicator)
         if not self.absent:
             torch._foreach_copy_(self._views, self.tensors)
             return self._buffer
@@ -209,9 +220,12 @@ class Group:
             torch._foreach_copy_([self._views[index] for index in present], [self.tensors[index] for index in present])
         return self._buffer
 
-    def _make_buffer(self):
+    def _make_buffer(self, communicator):
         counts = [parameter.numel() for parameter in self.parameters]
-        self._wire = torch.zeros(sum(counts), dtype=self.dtype, device=self.parameters[0].device)
+        self._wire = shared_tensor(communicator, sum(counts), self.dtype)
+        self.path = PRIVATE if self._wire is None else COPIED
+        if self._wire is None:
+            self._wire = torch.zeros(sum(counts), dtype=self.dtype)
         parts = self._wire.split(counts)
         self._views = [part.view(parameter.shape) for part, parameter in zip(parts, self.parameters)]
         self._buffer = buffer_of(self._wire)

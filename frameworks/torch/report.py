@@ -36,7 +36,8 @@ class Report(dict):
         hidden_s: communication_s - exposed_s, at least 0.
         fallbacks: reasons, in words, why something is waited for at step().
         groups: what travels as one operation, in the order of need, as dicts: "name", "priority", "tensors" (names),
-            "nbytes", "algorithm", "path", "exposed_s".
+            "nbytes", "algorithm", "path", "memory", "exposed_s". memory: where the last gradient was reduced: "private", where
+            torch had made it; "copied" into memory that all ranks of the host map; "shared": accumulated there by torch.
         tensors: name -> {"priority", "nbytes", "exposed_s", "group"}; exposed_s is that of the whole group.
     """
 
@@ -49,20 +50,21 @@ class Report(dict):
         ]
         lines += [f"waited for at step(): {reason}" for reason in self["fallbacks"]]
         if self["groups"]:
-            titles = ("priority", "gradients", "tensors", "bytes", "exposed ms", "algorithm", "path")
+            titles = ("priority", "gradients", "tensors", "bytes", "exposed ms", "algorithm", "path", "memory")
             lines += _table([titles] + [_row(group) for group in self["groups"]])
         return "\n".join(lines)
 
 
 def _row(group):
     return (f"{group['priority']}", group["name"], f"{len(group['tensors'])}", f"{group['nbytes']:,}",
-            f"{group['exposed_s'] * 1e3:.1f}", group["algorithm"], group["path"])  # fmt: skip
+            f"{group['exposed_s'] * 1e3:.1f}", group["algorithm"], group["path"],
+            group["memory"])  # fmt: skip
 
 
 def _table(rows):
     """Lines of equal columns: texts to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    sides = "><>>><<"
+    sides = "><>>><<<"
     return ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths)).rstrip() for row in rows]
 
 
@@ -99,6 +101,7 @@ def _described(group, communicator):
         "nbytes": group.nbytes,
         "algorithm": algorithm,
         "path": path,
+        "memory": group.path,
         "exposed_s": group.exposed_s,
     }
 
