@@ -41,6 +41,7 @@ struct cl_runtime {
     pthread_t thread;
     bool running;
     bool ticks; /* some link wants to know the time */
+    atomic_int sleepers; /* callers that sleep until an operation is done */
     double next_tick_s;
     atomic_int stopping; /* the thread is to end; links are closed after it */
 };
@@ -148,14 +149,15 @@ static void drive_on(cl_engine *engine, const cl_operation *until, double deadli
         if (moved)
             idle_since_s = now_s;
         moved = false;
-        bool waiting = until != NULL || atomic_load_explicit(&engine->unfinished, memory_order_relaxed) > 0;
+        bool waiting = until != NULL || atomic_load_explicit(&engine->runtime->sleepers, memory_order_relaxed) > 0;
         if (idle_since_s != now_s && (!waiting || now_s - idle_since_s >= spin_s))
             return;
     }
 }
 
 /*
- * With the lock: everything that can be done now, and a short time longer while somebody waits for something.
+ * With the lock: everything that can be done now, and a short time longer while a caller waits, whose core is idle. Operations
+ * that run beside compute are not worth a core.
  * A calling thread may flush denormals (a framework's setting); the kernels' bits must not depend on who drives.
  */
 static void drive(cl_engine *engine, const cl_operation *until, double deadline_s)
@@ -366,6 +368,28 @@ static void fail_submissions(cl_engine *engine)
     disown(engine);
 }
 
+/*
+ * Who submits owns the engine for one round, if nobody else does: what he submitted leaves without a change of threads, which
+ * costs compute on this core as much as a small operation. The rest is the thread's. Sockets, which cost a call each, are too.
+ */
+static void post(cl_engine *engine)
+{
+    struct cl_runtime *runtime = engine->runtime;
+    if (!is_shared(engine) || runtime->ticks || !try_lock(&runtime->lock)) {
+        engine->wake(engine);
+        return;
+    }
+    if (!atomic_load(&engine->ended)) {
+        disarm(engine);
+        uint64_t mode = cl_float_mode_enter();
+        (void)cl_engine_progress(engine);
+        cl_float_mode_restore(mode);
+        if (!arm(engine))
+            ring_own(runtime);
+    }
+    disown(engine);
+}
+
 static int submit(cl_engine *engine, const cl_request *request, bool lazy, cl_operation **out)
 {
     cl_operation *operation;
@@ -380,7 +404,7 @@ static int submit(cl_engine *engine, const cl_request *request, bool lazy, cl_op
         operation->inbox_next = head;
     while (!atomic_compare_exchange_weak(&engine->inbox, &head, operation));
     if (engine->wake != NULL && !lazy)
-        engine->wake(engine);
+        post(engine);
     if (atomic_load(&engine->ended))
         fail_submissions(engine);
     return CL_OK;
@@ -429,10 +453,13 @@ void cl_runtime_completed(cl_operation *operation)
 static void sleep_until_done(cl_operation *operation, double left_s)
 {
     struct timespec timeout = {(time_t)left_s, (long)(1e9 * (left_s - (double)(time_t)left_s))};
+    atomic_int *sleepers = &operation->engine->runtime->sleepers;
+    atomic_fetch_add(sleepers, 1);
     atomic_fetch_add(&operation->waiters, 1);
     if (!atomic_load(&operation->done))
         futex(&operation->done, FUTEX_WAIT, 0, &timeout);
     atomic_fetch_sub(&operation->waiters, 1);
+    atomic_fetch_sub(sleepers, 1);
 }
 
 /* Moves data as the owner, if nobody else does. */
