@@ -20,7 +20,8 @@ BASELINE = "gloo"
 
 def load(folder):
     """{name of the benchmark: its record} of those that were run."""
-    paths = [folder / f"{name}.json" for name in ("allreduce", "latency", "torch_link", "torch_overhead")]
+    names = ("allreduce", "latency", "torch_link", "torch_overhead", "torch_training")
+    paths = [folder / f"{name}.json" for name in names]
     return {path.stem: json.loads(path.read_text()) for path in paths if path.exists()}
 
 
@@ -112,12 +113,31 @@ def about_runs(runs):
     return [f"{name}: {about(run)}" for name, run in runs.items()]
 
 
+def training_table(records):
+    """A training step: what communication adds to it, and to compute beside it."""
+    record = records["torch_training"]
+    lines = [["", "alone", "DDP, gloo", "commlib", "commlib, waiting", "exposed: DDP", "commlib", "commlib, waiting",
+              "CPU time added: DDP", "commlib", "compute slowed by gloo", "by commlib"]]  # fmt: skip
+    ways = ("ddp", "commlib", "commlib_waiting")
+    for name, case in record["cases"].items():
+        steps, cpu, compute = ({way: statistics.median(times_s) for way, times_s in case[what].items()}
+                               for what in ("steps_s", "cpu_s", "compute_s"))  # fmt: skip
+        lines.append([
+            f"{name} ({case['nbytes'] / 1e6:.0f} MB)", *(milliseconds(steps[way]) for way in ("alone", *ways)),
+            *(milliseconds(steps[way] - steps["alone"]) for way in ways),
+            *(milliseconds(cpu[way] - cpu["alone"]) for way in ways[:2]),
+            *(f"{compute[way] / compute['alone'] - 1:+.0%}" for way in ("gloo", "commlib")),
+        ])  # fmt: skip
+    return "\n".join([f"Milliseconds per step. {about(record)}", "", *markdown(lines), "", *absences(record)]).rstrip()
+
+
 TABLES = {
     "torch_link": ("torch_link", torch_link_table),
     "torch_overhead": ("torch_overhead", torch_overhead_table),
     "allreduce": ("allreduce", allreduce_table),
     "crowded": ("allreduce", crowded_table),
     "latency": ("latency", latency_table),
+    "torch_training": ("torch_training", training_table),
 }
 
 
@@ -162,6 +182,11 @@ def microseconds(seconds):
     if seconds is None:
         return ""
     return f"{seconds * 1e6:,.1f}" if seconds < 1e-4 else f"{seconds * 1e6:,.0f}"
+
+
+def milliseconds(seconds):
+    """For a cell."""
+    return f"{seconds * 1e3:,.1f}"
 
 
 def size_text(nbytes):

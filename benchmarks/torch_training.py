@@ -6,7 +6,8 @@ Real models with real forward, backward and updates. All ways take turns: in eac
 begin together on both ranks and end when the last weight is updated. Two measures:
 
 - steps: seconds per step of each way and round, of the slower rank. What a way takes beyond "alone", the same step
-  without communication, is its exposed communication.
+  without communication, is its exposed communication. Beside it stands CPU time per step and rank, which a machine that
+  others use disturbs less.
 - compute: seconds of forward and backward beside an all-reduce of as many bytes as the model has gradients, begun
   just before; of the slower rank. What it takes beyond "alone" is what hidden communication steals from compute.
 
@@ -33,6 +34,7 @@ from torch_models import GPT, alexnet, resnet50
 import commlib.torch as comm
 
 BUCKET_NBYTES = 25 << 20  # DDP's default
+SMALL_ELEMENTS = 16 << 10  # the adapter sends smaller tensors together
 
 
 class Case:
@@ -114,15 +116,15 @@ class Trainer:
         self.model, self.optimizer, self.finish = WAYS[way](model, optimizer, name)
 
     def seconds_per_step(self):
-        """Of a visit: some steps that begin together and end when all weights are updated."""
+        """Elapsed, and of CPU time: of a visit, some steps that begin together and end when all weights are updated."""
         comm.barrier()
-        begin_s = time.perf_counter()
+        begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
         for _ in range(self.case.steps):
             self.optimizer.zero_grad()
             self.case.loss(self.model, *self.batch).backward()
             self.optimizer.step()
         self.finish()
-        return (time.perf_counter() - begin_s) / self.case.steps
+        return (time.perf_counter() - begin_s) / self.case.steps, (time.process_time() - begin_cpu_s) / self.case.steps
 
 
 # ---- compute beside communication
@@ -141,8 +143,9 @@ def gloo(sizes):
 
 
 def private(sizes):
-    """commlib, every tensor by itself."""
-    tensors = [torch.zeros(size) for size in sizes]
+    """commlib, as its adapter sends them: large tensors by themselves, the small ones together."""
+    large = [size for size in sizes if size > SMALL_ELEMENTS]
+    tensors = [torch.zeros(size) for size in (*large, sum(sizes) - sum(large)) if size]
     return lambda: [Waitable(comm.allreduce_async_(tensor, name=f"beside {i}")) for i, tensor in enumerate(tensors)]
 
 
@@ -190,34 +193,31 @@ def rounds(visits, seconds, least=3):
     return results
 
 
-def slower(of_ranks):
-    """Of results of all ranks, {way: [seconds]}, the slower rank's."""
-    return {way: [max(turn) for turn in zip(*(one[way] for one in of_ranks))] for way in of_ranks[0]}
+def both(results, join):
+    """{way: [(a, b) of each round]} of this rank as two dicts, {way: [value]}, joined over ranks by join(values)."""
+    of_ranks = comm.allgather_object(results)
+    return [{way: [join(turn[index] for turn in turns) for turns in zip(*(one[way] for one in of_ranks))] for way in results}
+            for index in (0, 1)]  # fmt: skip
 
 
 def measure_case(name, seconds):
-    """One rank's part of one case: what the file says of it."""
+    """One rank's part of one case: what the file says of it, and reports."""
     case = CASES[name]
-    beside = {way: Beside(case, way) for way in BESIDE}
-    for one in beside.values():
-        one.seconds()
-    compute = rounds({way: one.seconds for way, one in beside.items()}, seconds / 4)
-    del beside
     trainers = {way: Trainer(case, way, f"{way} {name}") for way in WAYS}
     for trainer in trainers.values():
         trainer.seconds_per_step()  # the first step measures, the second probes
     steps = rounds({way: trainer.seconds_per_step for way, trainer in trainers.items()}, seconds * 3 / 4)
-    shapes = [parameter.numel() for parameter in trainers["alone"].model.parameters()]
+    sizes = [parameter.numel() for parameter in trainers["alone"].model.parameters()]
     reports = {way: str(trainers[way].optimizer.report()) for way in WAYS if way.startswith("commlib")}
-    compute = {f"{what} {way}": [pair[index] for pair in pairs]
-               for way, pairs in compute.items() for index, what in enumerate(("compute", "all"))}  # fmt: skip
-    compute = slower(comm.allgather_object(compute))
-    for trainer in trainers.values():
-        trainer.finish()
+    del trainers
+    beside = {way: Beside(case, way) for way in BESIDE}
+    for one in beside.values():
+        one.seconds()
+    compute = rounds({way: one.seconds for way, one in beside.items()}, seconds / 4)
+    compute_s, all_s = both(compute, max)
     return {
-        "parameters": len(shapes), "nbytes": 4 * sum(shapes), "steps_s": slower(comm.allgather_object(steps)),
-        "compute_s": {way: compute[f"compute {way}"] for way in BESIDE},
-        "compute_and_communication_s": {way: compute[f"all {way}"] for way in BESIDE},
+        "parameters": len(sizes), "nbytes": 4 * sum(sizes), "steps_s": both(steps, max)[0],
+        "cpu_s": both(steps, statistics.mean)[1], "compute_s": compute_s, "compute_and_communication_s": all_s,
     }, reports  # fmt: skip
 
 
@@ -244,16 +244,12 @@ def rank_main(arguments):
 
 def show(name, case):
     """For whoever looks on."""
-    alone_s = statistics.median(case["steps_s"]["alone"])
     print(f"{name}: {case['parameters']} parameters, {case['nbytes'] / 1e6:.1f} MB, {len(case['steps_s']['alone'])} rounds")
-    for way, times_s in case["steps_s"].items():
-        median_s = statistics.median(times_s)
-        print(f"  step    {way:<16} {median_s * 1e3:8.2f} ms  exposed {(median_s - alone_s) * 1e3:+8.2f} ms")
-    alone_s = statistics.median(case["compute_s"]["alone"])
-    for way, times_s in case["compute_s"].items():
-        median_s = statistics.median(times_s)
-        all_s = statistics.median(case["compute_and_communication_s"][way])
-        print(f"  compute {way:<16} {median_s * 1e3:8.2f} ms  slower by {median_s / alone_s - 1:+7.1%}, all {all_s * 1e3:8.2f} ms")
+    for what in ("steps_s", "cpu_s", "compute_s"):
+        alone_s = statistics.median(case[what]["alone"])
+        for way, times_s in case[what].items():
+            median_s = statistics.median(times_s)
+            print(f"  {what:<10} {way:<16} {median_s * 1e3:8.2f} ms  {(median_s - alone_s) * 1e3:+8.2f} ms {median_s / alone_s - 1:+8.1%}")
 
 
 def main():

@@ -27,6 +27,18 @@ LATENCY = {
 }  # fmt: skip
 
 
+TRAINING = {**ABOUT, "cases": {"GPT": {
+    "parameters": 3, "nbytes": 27_000_000, "steps_s": {"alone": [0.1], "ddp": [0.14], "commlib": [0.11], "commlib_waiting": [0.12]},
+    "cpu_s": {"alone": [0.1], "ddp": [0.13], "commlib": [0.105], "commlib_waiting": [0.105]},
+    "compute_s": {"alone": [0.08], "gloo": [0.1], "commlib": [0.084]}}}}  # fmt: skip
+
+
+def test_training_table():
+    table = plot.training_table({"torch_training": TRAINING})
+    row = "| GPT (27 MB) | 100.0 | 140.0 | 110.0 | 120.0 | 40.0 | 10.0 | 20.0 | 30.0 | 5.0 | +25% | +5% |"
+    assert row in table
+
+
 def test_allreduce_table():
     table = plot.allreduce_table({"allreduce": ALLREDUCE})
     assert "| 8 B | 2.0 | 200 | 1.0 | absent | mpich | 0.50x |" in table
