@@ -71,7 +71,7 @@ CASES = {
     "ResNet-50, half width, 64 x 64, batch 8": Case(
         partial(resnet50, 32, 1000), partial(images, 8, 64, 1000), 6, SGD),
     "AlexNet, 224 x 224, batch 8": Case(alexnet, partial(images, 8, 224, 1000), 4, SGD),
-    "GPT, 6 blocks of 256, 4 x 128 tokens": Case(GPT, partial(text, 4, 128, 8192), 6, ADAMW),
+    "GPT, 6 blocks of 256, 4 x 128 tokens": Case(partial(GPT, 256, 6, 4, 8192, 128), partial(text, 4, 128, 8192), 6, ADAMW),
     "ResNet-50, quarter width, 32 x 32, batch 2": Case(
         partial(resnet50, 16, 100), partial(images, 2, 32, 100), 20, SGD),
 }  # fmt: skip
@@ -249,7 +249,8 @@ def show(name, case):
         alone_s = statistics.median(case[what]["alone"])
         for way, times_s in case[what].items():
             median_s = statistics.median(times_s)
-            print(f"  {what:<10} {way:<16} {median_s * 1e3:8.2f} ms  {(median_s - alone_s) * 1e3:+8.2f} ms {median_s / alone_s - 1:+8.1%}")
+            print(f"  {what:<10} {way:<16} {median_s * 1e3:8.2f} ms  {(median_s - alone_s) * 1e3:+8.2f} ms"
+                  f" {median_s / alone_s - 1:+8.1%}")  # fmt: skip
 
 
 def main():
