@@ -156,8 +156,7 @@ static void drive_on(cl_engine *engine, const cl_operation *until, double deadli
 }
 
 /*
- * With the lock: everything that can be done now, and a short time longer while a caller waits, whose core is idle. Operations
- * that run beside compute are not worth a core.
+ * With the lock: everything that can be done now, and a short time longer while a caller waits; beside compute nobody polls.
  * A calling thread may flush denormals (a framework's setting); the kernels' bits must not depend on who drives.
  */
 static void drive(cl_engine *engine, const cl_operation *until, double deadline_s)
@@ -374,8 +373,7 @@ static void fail_submissions(cl_engine *engine)
  */
 static void post(cl_engine *engine)
 {
-    struct cl_runtime *runtime = engine->runtime;
-    if (!is_shared(engine) || runtime->ticks || !try_lock(&runtime->lock)) {
+    if (!is_shared(engine) || engine->runtime->ticks || !try_lock(&engine->runtime->lock)) {
         engine->wake(engine);
         return;
     }
@@ -385,7 +383,7 @@ static void post(cl_engine *engine)
         (void)cl_engine_progress(engine);
         cl_float_mode_restore(mode);
         if (!arm(engine))
-            ring_own(runtime);
+            ring_own(engine->runtime);
     }
     disown(engine);
 }
@@ -453,13 +451,12 @@ void cl_runtime_completed(cl_operation *operation)
 static void sleep_until_done(cl_operation *operation, double left_s)
 {
     struct timespec timeout = {(time_t)left_s, (long)(1e9 * (left_s - (double)(time_t)left_s))};
-    atomic_int *sleepers = &operation->engine->runtime->sleepers;
-    atomic_fetch_add(sleepers, 1);
+    atomic_fetch_add(&operation->engine->runtime->sleepers, 1);
     atomic_fetch_add(&operation->waiters, 1);
     if (!atomic_load(&operation->done))
         futex(&operation->done, FUTEX_WAIT, 0, &timeout);
     atomic_fetch_sub(&operation->waiters, 1);
-    atomic_fetch_sub(sleepers, 1);
+    atomic_fetch_sub(&operation->engine->runtime->sleepers, 1);
 }
 
 /* Moves data as the owner, if nobody else does. */
