@@ -4,10 +4,11 @@ It knows cffi, statuses and pointers; it knows no algorithm, no NumPy and no nam
 submit. In a forked child the object is dead: it only says so.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 from commlib._native import ffi, lib
-from commlib.errors import ForkedError, ShutdownError, error_of
+from commlib.errors import CommlibError, ForkedError, ShutdownError, error_of
 
 # The engine's cl_kind of every kind.
 KIND_CODES = {
@@ -190,16 +191,31 @@ class Engine:
             if status != lib.CL_AGAIN or left_ms <= 0:
                 return status
 
-    def run(self, request):
-        """Submits a request and waits a moment. Returns None when it is done well, else the operation, still held."""
-        if self.forked or self.closed:
+    def runner(self, request, stride):
+        """A request that is run again and again on the same memory, its key increased by `stride` before each run.
+
+        Returns:
+            (call, place): call() runs it and waits a moment, and returns its status. Unless that is 0, `place` holds the
+            operation, or NULL if there is none, and `taken_from(place)` takes it over.
+        """
+        place = ffi.new("cl_operation **")
+        return partial(lib.cl_run_again, self.pointer, request, stride, _SLICE_MS, place), place
+
+    def taken_from(self, place, status):
+        """The operation that a runner has left behind, still held.
+
+        Raises:
+            CommlibError: there is none, or this engine has ended.
+        """
+        operation, place[0] = place[0], ffi.NULL
+        try:
             self.check_open()
-        status = lib.cl_run(self.pointer, request, _SLICE_MS, self._out)
-        if status == lib.CL_OK:
-            return None
-        if self._out[0] == ffi.NULL:
-            raise error_of(status, _REFUSED if status == lib.CL_INVALID else "")
-        return self._out[0]
+            if operation == ffi.NULL:
+                raise error_of(status, _REFUSED if status == lib.CL_INVALID else "")
+        except CommlibError:
+            self.release(operation)
+            raise
+        return operation
 
     def shared_memory(self, nbytes):
         """A writable buffer of zeros in memory that all ranks of this host map, freed with its last user; None: no such memory."""

@@ -6,8 +6,8 @@ use the same names as often as each other get the same keys, in whatever order; 
 
 import hashlib
 
-# 2^64 / golden ratio, odd: the n-th uses of one name are distinct for 2^64 uses and far apart.
-_GOLDEN = 0x9E3779B97F4A7C15
+# From one use of a name to its next: 2^64 / golden ratio, odd: the n-th uses of one name are distinct for 2^64 uses and far apart.
+STRIDE = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 
@@ -19,7 +19,7 @@ def base_key(group, kind, name):
 
 def key_of_use(base, use):
     """The key of the use-th operation of a name."""
-    return (base + use * _GOLDEN) & _MASK
+    return (base + use * STRIDE) & _MASK
 
 
 class Use:
@@ -41,7 +41,7 @@ class Use:
 
     def next_key(self):
         """Counts one more use and returns its key."""
-        key = (self.base + self.count * _GOLDEN) & _MASK
+        key = (self.base + self.count * STRIDE) & _MASK
         self.count += 1
         return key
 

@@ -4,6 +4,7 @@ It is a call into C and back, without a handle; only where that does not end at 
 """
 
 from commlib.handle import Handle
+from commlib.names import STRIDE, key_of_use
 
 
 class Prepared:
@@ -18,9 +19,10 @@ class Prepared:
         >>> commlib.shutdown()
     """
 
-    __slots__ = ("_submitter", "_engine", "_use", "_kind", "_request", "_keep", "_result")
+    __slots__ = ("_submitter", "_engine", "_use", "_kind", "_request", "_keep", "_result", "_run", "_place", "_count")
 
     def __init__(self, submitter, use, kind, request, keep, result):
+        self._place = None
         self._submitter = submitter
         self._engine = submitter.engine
         self._use = use
@@ -28,6 +30,8 @@ class Prepared:
         self._request = request
         self._keep = keep
         self._result = result
+        self._count = -1  # of the name's uses when this was called last
+        self._run, self._place = self._engine.runner(request, STRIDE)
 
     def __call__(self, timeout_s=None):
         """Runs the operation and returns the array.
@@ -41,14 +45,27 @@ class Prepared:
             CommlibError: it failed, as with Handle.wait.
         """
         use = self._use
-        if use.handle is not None:
-            self._submitter.free_name(self._kind, use)
-        self._request.key = use.next_key()
-        operation = self._engine.run(self._request)
-        if operation is None:
-            return self._result
-        flight = self._submitter.flight
+        if use.handle is not None or use.count != self._count:
+            self._catch_up()
+        use.count = self._count = use.count + 1
+        status = self._run()
+        return self._result if status == 0 else self._wait_on(status, timeout_s)
+
+    def _catch_up(self):
+        """The name was used by others since the last call."""
+        if self._use.handle is not None:
+            self._submitter.free_name(self._kind, self._use)
+        self._request.key = key_of_use(self._use.base, self._use.count - 1)
+
+    def _wait_on(self, status, timeout_s):
+        """It was not done well at once: it becomes an ordinary operation in flight."""
+        operation = self._engine.taken_from(self._place, status)
+        flight, use = self._submitter.flight, self._use
         handle = use.handle = Handle(flight, use, self._kind, use.name, self._keep, None, self._result)
         flight.add(handle)
         handle.operation = operation
         return handle.wait(timeout_s)
+
+    def __del__(self):
+        if self._place is not None and self._place[0]:
+            self._engine.release(self._place[0])

@@ -223,6 +223,12 @@ int cl_operation_wait(cl_operation *operation, int32_t timeout_ms);
  * (CL_INVALID, CL_FORKED, CL_NO_MEMORY); else it is held by the caller, who may wait on or ask for the error.
  */
 int cl_run(cl_engine *engine, const cl_request *request, int32_t timeout_ms, cl_operation **operation);
+/*
+ * As cl_run, again and again on the same memory: adds `stride` to request->key, and uses the operation of the last call anew.
+ * In, out: *operation, NULL before the first call, else what the last call left, done and with CL_OK; what is left after
+ * any other status is the caller's, to wait on, ask for the error and release, and the next call begins with NULL.
+ */
+int cl_run_again(cl_engine *engine, cl_request *request, uint64_t stride, int32_t timeout_ms, cl_operation **operation);
 /* 1 if the operation is done, well or not. */
 int cl_operation_done(cl_operation *operation);
 /* CL_AGAIN while it runs, else its status; *text (never NULL) lives as long as the operation; *peer: the rank to blame or -1. */

@@ -140,7 +140,7 @@ static bool take_entry(cl_operation *operation, const entry_header *header, cons
     if (memcmp(&header->meta, &operation->meta, sizeof(cl_meta)) != 0) {
         char theirs[CL_TEXT_NBYTES];
         snprintf(theirs, sizeof theirs, "%.*s", (int)header->text_nbytes, (const char *)data + header->nbytes);
-        disagree(operation, operation->engine->rank, operation->text, operation->request.members[header->index], theirs);
+        disagree(operation, operation->engine->rank, operation->request.text, operation->request.members[header->index], theirs);
         return false;
     }
     cl_entry *entry = &operation->exchange->entries[header->index];
@@ -233,12 +233,12 @@ static int enter_own(cl_operation *operation)
     bool raw = r->kind == CL_EXCHANGE;
     const void *data = raw ? r->input : (const void *)r->splits;
     size_t nbytes = raw ? (size_t)r->count : (size_t)r->nsplits * sizeof(uint64_t);
-    entry_header header = {exchange->my_index, (uint32_t)nbytes, (uint32_t)strlen(operation->text), operation->meta};
+    entry_header header = {exchange->my_index, (uint32_t)nbytes, (uint32_t)strlen(operation->request.text), operation->meta};
     if (is_root(operation))
         return append(&exchange->entries[0], data, nbytes);
     CL_TRY(append(&exchange->up, &header, sizeof header));
     CL_TRY(append(&exchange->up, data, nbytes));
-    return append(&exchange->up, operation->text, header.text_nbytes);
+    return append(&exchange->up, operation->request.text, header.text_nbytes);
 }
 
 static int make_exchange(cl_operation *operation)
@@ -295,14 +295,14 @@ void cl_exchange_free(cl_operation *operation)
 void cl_control_mismatch(cl_operation *operation, int32_t peer)
 {
     cl_frame frame = {.key = operation->request.key, .type = CL_FRAME_MISMATCH};
-    frame.nbytes = (uint32_t)strlen(operation->text);
-    cl_engine_tell(operation->engine, peer, &frame, operation->text);
+    frame.nbytes = (uint32_t)strlen(operation->request.text);
+    cl_engine_tell(operation->engine, peer, &frame, operation->request.text);
 }
 
 /* The peer has seen that we differ and told us what it submitted: now both sides are known here. */
 void cl_control_on_mismatch(cl_operation *operation, int32_t peer, const char *text)
 {
-    disagree(operation, operation->engine->rank, operation->text, peer, text);
+    disagree(operation, operation->engine->rank, operation->request.text, peer, text);
 }
 
 void cl_control_fail_everywhere(cl_operation *operation, int status, int32_t blamed, const char *text)

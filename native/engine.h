@@ -127,27 +127,30 @@ struct cl_operation {
     struct cl_operation *previous, *next; /* the engine's list of posted operations */
     cl_request request;          /* text, plan, splits, parts, members point to our copies */
     cl_meta meta;
-    char text[CL_TEXT_NBYTES];
-    uint64_t sequence;
-    bool started, eager;
     cl_plan *plan;
     uint64_t *chunk_first, *chunk_end; /* elements, per chunk, of uneven operations; NULL: equal parts */
-    uint8_t *input, *output;     /* bases of input and output chunks; both NULL: timing only */
-    uint8_t *memory;             /* the result, if the engine allocated it */
+    bool laid_out_later;         /* segments are known after an exchange, and in blocks of their own */
+    uint32_t nsegments;
+    cl_segment *segments;
+    uint32_t *single;            /* the steps of an only segment that was known at once, else NULL */
+    uint8_t *verified, *wants, *starved; /* per plan peer */
+    uint64_t *posted;            /* per plan peer: bytes accepted by the link and not yet sent */
+    /* From here on: what one run leaves behind, zero before the next; see cl_operation_renew. */
+    bool started, eager;
+    uint64_t sequence;
+    uint8_t *input, *output; /* bases of input and output chunks; both NULL: timing only */
+    uint8_t *memory;         /* the result, if the engine allocated it */
     void *result;
     uint64_t result_count;
     uint64_t *member_counts;
-    uint32_t nsegments, segments_done;
-    uint32_t handed_out; /* tickets, at members[0] */
-    cl_segment *segments;
-    uint8_t *verified, *wants, *starved; /* per plan peer */
-    uint64_t *posted;            /* per plan peer: bytes accepted by the link and not yet sent */
+    uint32_t segments_done;
+    uint32_t handed_out;     /* tickets, at members[0] */
     uint32_t unverified;
     cl_kept *kept;
     cl_exchange *exchange;
     double submitted_s, started_s, done_s;
     int status, blamed;
-    char error[CL_ERROR_NBYTES];
+    char *error;             /* why it failed; owned */
 };
 
 /* ---- tickets ----------------------------------------------------------------------------------------------- */
@@ -261,8 +264,12 @@ cl_operation *cl_engine_find(cl_engine *engine, uint64_t key);
 
 /* request.c: an operation's memory, from request to release */
 int cl_operation_new(cl_engine *engine, const cl_request *request, cl_operation **operation);
+/* As new, for another run under this key. CL_AGAIN: somebody still holds it, or it is of a kind that cannot be. */
+int cl_operation_renew(cl_operation *operation, uint64_t key);
 void cl_operation_hold(cl_operation *operation);
 int cl_operation_layout(cl_operation *operation);
+/* What the steps of one segment take. */
+size_t cl_segment_nbytes(const cl_plan *plan);
 void cl_chunks_of(const cl_operation *operation, uint32_t segment, const cl_step *step, uint64_t *first, uint64_t *count);
 
 /* operation.c: the data path */
@@ -359,5 +366,12 @@ bool cl_shm_doorbell(cl_engine *engine, atomic_int **sleeping, int *doorbell);
 int cl_shm_pidfd(const cl_link *link);
 /* Wakes whoever sleeps behind a flag, once per sleep. */
 void cl_ring(atomic_int *sleeping, int doorbell);
+
+/* What a rank's flag says to those who have something for it. */
+enum {
+    CL_AWAKE = 0, /* somebody moves data, and looks once more before he stops: no need to ring */
+    CL_ASLEEP,    /* ring */
+    CL_IDLE       /* nothing is in flight here, or a caller polls: ring only for what is no operation's business */
+};
 
 #endif

@@ -197,7 +197,8 @@ static void open_step(cl_operation *operation, uint32_t s, uint32_t step)
 static void finish_segment(cl_operation *operation, uint32_t s)
 {
     cl_segment *segment = &operation->segments[s];
-    free(segment->waiting);
+    if (segment->waiting != operation->single)
+        free(segment->waiting);
     segment->waiting = NULL;
     cl_operation_scale_rest(operation, s);
     operation->segments_done++;
@@ -240,10 +241,11 @@ void cl_operation_step_done(cl_operation *operation, uint32_t segment, uint32_t 
 static int allocate_segment(const cl_operation *operation, cl_segment *segment)
 {
     const cl_plan *plan = operation->plan;
-    size_t words = 2 * ((size_t)plan->nsteps + (size_t)plan->npeers);
-    uint32_t *block = calloc(words + (plan->nsteps + 3) / sizeof(uint32_t) + 1, sizeof(uint32_t));
+    size_t nbytes = cl_segment_nbytes(plan);
+    uint32_t *block = operation->single != NULL ? operation->single : malloc(nbytes);
     if (block == NULL)
         return CL_NO_MEMORY;
+    memset(block, 0, nbytes);
     segment->waiting = block;
     segment->blocked = block + plan->nsteps;
     segment->granted_out = segment->blocked + plan->nsteps;
@@ -553,7 +555,9 @@ void cl_operation_fail(cl_operation *operation, int status, int32_t blamed, cons
     if (operation->request.kind == CL_TICKET)
         cl_tickets_forget(operation);
     operation->blamed = blamed;
-    snprintf(operation->error, sizeof operation->error, "%s failed: %s", operation->text, text);
+    operation->error = malloc(CL_ERROR_NBYTES); /* without memory, the status must do */
+    if (operation->error != NULL)
+        snprintf(operation->error, CL_ERROR_NBYTES, "%s failed: %s", operation->request.text, text);
     cl_engine_failed_key(engine, operation->request.key);
     cl_operation_complete(operation, status);
 }

@@ -126,8 +126,8 @@ static bool send_last_word(cl_engine *engine, cl_peer *peer, const cl_frame *fra
 /* The reason lives as long as the engine, so longer than the link. */
 static bool send_last_words(cl_engine *engine, cl_peer *peer)
 {
-    cl_frame bye = {.type = CL_FRAME_BYE};
-    cl_frame lost = {.type = CL_FRAME_LOST, .arg = (uint64_t)engine->blamed};
+    cl_frame bye = {.type = CL_FRAME_BYE, .flags = CL_FRAME_WAKES};
+    cl_frame lost = {.type = CL_FRAME_LOST, .flags = CL_FRAME_WAKES, .arg = (uint64_t)engine->blamed};
     if (peer->owes_lost)
         lost.nbytes = (uint32_t)strlen(engine->health_reason);
     return send_last_word(engine, peer, &lost, engine->health_reason, &peer->owes_lost) &&

@@ -126,17 +126,83 @@ static cl_meta meta_of(const cl_request *r)
     };
 }
 
-static int copy_request(cl_operation *operation, const cl_request *r)
+/* The number of segments is known at once where no exchange comes first; gates may open from then on. */
+static uint32_t count_segments(const cl_request *r, bool uneven, uint64_t total)
+{
+    bool divisible = !uneven || r->plan->single_chunks;
+    if (r->segment_count == 0 || total <= r->segment_count || !divisible)
+        return 1;
+    return (uint32_t)((total + r->segment_count - 1) / r->segment_count);
+}
+
+/* ---- one block of memory for all that is known at once: an operation costs one allocation, and few cache lines --- */
+
+typedef struct {
+    uint32_t nsegments;
+    size_t segments, posted, single, verified, gates, text; /* offsets */
+    size_t zeroed, end;
+} places;
+
+static size_t take(places *at, size_t nbytes)
+{
+    size_t first = at->end;
+    at->end += (nbytes + sizeof(uint64_t) - 1) & ~(sizeof(uint64_t) - 1);
+    return first;
+}
+
+size_t cl_segment_nbytes(const cl_plan *plan)
+{
+    return 2 * ((size_t)plan->nsteps + plan->npeers) * sizeof(uint32_t) + plan->nsteps;
+}
+
+static places places_of(const cl_request *r)
+{
+    bool later = makes_result[r->kind] && r->kind != CL_REDUCESCATTER;
+    size_t npeers = r->plan == NULL ? 0 : r->plan->npeers;
+    places at = {.nsegments = later ? 0 : count_segments(r, r->kind == CL_REDUCESCATTER, r->count), .end = sizeof(cl_operation)};
+    at.segments = take(&at, at.nsegments * sizeof(cl_segment));
+    at.posted = take(&at, npeers * sizeof(uint64_t));
+    at.verified = take(&at, 3 * npeers);
+    at.gates = take(&at, at.nsegments * sizeof(atomic_uchar));
+    at.text = take(&at, strnlen(r->text, CL_TEXT_NBYTES - 1) + 1);
+    at.zeroed = at.end;
+    at.single = take(&at, at.nsegments == 1 && r->plan != NULL ? cl_segment_nbytes(r->plan) : 0);
+    return at;
+}
+
+static cl_operation *allocate(const cl_request *r)
+{
+    places at = places_of(r);
+    uint8_t *block = malloc(at.end);
+    if (block == NULL)
+        return NULL;
+    memset(block, 0, at.zeroed);
+    cl_operation *operation = (cl_operation *)(void *)block;
+    size_t npeers = r->plan == NULL ? 0 : r->plan->npeers;
+    operation->nsegments = at.nsegments;
+    operation->laid_out_later = at.nsegments == 0;
+    operation->segments = (cl_segment *)(void *)(block + at.segments);
+    operation->posted = (uint64_t *)(void *)(block + at.posted);
+    operation->verified = block + at.verified;
+    operation->wants = operation->verified + npeers;
+    operation->starved = operation->wants + npeers;
+    operation->gates = (atomic_uchar *)(void *)(block + at.gates);
+    operation->single = at.nsegments == 1 && r->plan != NULL ? (uint32_t *)(void *)(block + at.single) : NULL;
+    operation->request = *r;
+    operation->request.text = memcpy(block + at.text, r->text, strnlen(r->text, CL_TEXT_NBYTES - 1)); /* the rest is zero */
+    if (operation->laid_out_later)
+        operation->segments = NULL, operation->gates = NULL;
+    return operation;
+}
+
+static int copy_lists(cl_operation *operation, const cl_request *r)
 {
     cl_request *own = &operation->request;
-    *own = *r;
     own->parts = NULL;
     own->members = NULL;
     own->splits = NULL;
     if (r->kind == CL_BARRIER)
         own->count = 1; /* something must travel, or ranks that share no link never hear of each other */
-    memcpy(operation->text, r->text, strnlen(r->text, sizeof operation->text - 1)); /* the rest is zero */
-    own->text = operation->text;
     if (r->plan != NULL)
         cl_plan_hold(r->plan);
     operation->plan = r->plan;
@@ -151,35 +217,12 @@ static int copy_request(cl_operation *operation, const cl_request *r)
     return failed ? CL_NO_MEMORY : CL_OK;
 }
 
-/* The number of segments is known at once where no exchange comes first; gates may open from then on. */
-static uint32_t count_segments(const cl_operation *operation, uint64_t total)
-{
-    uint64_t size = operation->request.segment_count;
-    bool divisible = operation->chunk_first == NULL || operation->plan->single_chunks;
-    if (size == 0 || total <= size || !divisible)
-        return 1;
-    return (uint32_t)((total + size - 1) / size);
-}
-
 static int allocate_segments(cl_operation *operation, uint64_t total)
 {
-    operation->nsegments = count_segments(operation, total);
+    operation->nsegments = count_segments(&operation->request, true, total);
     operation->segments = calloc(operation->nsegments, sizeof(cl_segment));
     operation->gates = calloc(operation->nsegments, sizeof *operation->gates);
     return operation->segments == NULL || operation->gates == NULL ? CL_NO_MEMORY : CL_OK;
-}
-
-static int allocate_peers(cl_operation *operation)
-{
-    uint32_t npeers = operation->plan == NULL ? 0 : operation->plan->npeers;
-    operation->verified = calloc((size_t)npeers + 1, 3);
-    operation->posted = calloc((size_t)npeers + 1, sizeof(uint64_t));
-    if (operation->verified == NULL || operation->posted == NULL)
-        return CL_NO_MEMORY;
-    operation->wants = operation->verified + npeers + 1;
-    operation->starved = operation->wants + npeers + 1;
-    operation->unverified = npeers;
-    return CL_OK;
 }
 
 static int set_parts(cl_operation *operation)
@@ -197,14 +240,14 @@ static int set_parts(cl_operation *operation)
     return CL_OK;
 }
 
-static int lay_out_at_once(cl_operation *operation)
+static void begin_life(cl_operation *operation)
 {
-    CL_TRY(allocate_peers(operation));
-    if (operation->request.kind == CL_REDUCESCATTER)
-        CL_TRY(set_parts(operation));
-    if (!makes_result[operation->request.kind] || operation->request.kind == CL_REDUCESCATTER)
-        return allocate_segments(operation, operation->request.count);
-    return set_parts(operation);
+    operation->references = 1;
+    operation->done = 0;
+    operation->blamed = -1;
+    operation->started_s = operation->done_s = -1;
+    operation->unverified = operation->plan == NULL ? 0 : operation->plan->npeers;
+    operation->submitted_s = cl_engine_now(operation->engine);
 }
 
 int cl_operation_new(cl_engine *engine, const cl_request *request, cl_operation **out)
@@ -213,23 +256,35 @@ int cl_operation_new(cl_engine *engine, const cl_request *request, cl_operation 
                  sizes_fit(request) && memory_is_given(engine, request);
     if (!sound)
         return CL_INVALID;
-    cl_operation *operation = calloc(1, sizeof(cl_operation));
+    cl_operation *operation = allocate(request);
     if (operation == NULL)
         return CL_NO_MEMORY;
-    operation->references = 1;
     operation->engine = engine;
-    operation->blamed = -1;
-    operation->started_s = operation->done_s = -1;
-    operation->submitted_s = engine->clock(engine->clock_argument);
-    int status = copy_request(operation, request);
-    if (status == CL_OK)
-        status = lay_out_at_once(operation);
+    operation->meta = meta_of(request);
+    int status = copy_lists(operation, request);
+    if (status == CL_OK && makes_result[request->kind])
+        status = set_parts(operation);
+    begin_life(operation);
     if (status != CL_OK) {
         cl_operation_release(operation);
         return status;
     }
-    operation->meta = meta_of(request);
     *out = operation;
+    return CL_OK;
+}
+
+int cl_operation_renew(cl_operation *operation, uint64_t key)
+{
+    uint32_t npeers = operation->plan == NULL ? 0 : operation->plan->npeers;
+    bool is_alone = atomic_load_explicit(&operation->references, memory_order_acquire) == 1;
+    if (!is_alone || operation->request.kind != CL_ALLREDUCE || operation->request.gated || operation->status != CL_OK)
+        return CL_AGAIN;
+    memset(&operation->started, 0, sizeof *operation - offsetof(cl_operation, started));
+    memset(operation->segments, 0, operation->nsegments * sizeof(cl_segment));
+    memset(operation->posted, 0, npeers * sizeof(uint64_t));
+    memset(operation->verified, 0, 3 * (size_t)npeers);
+    operation->request.key = key;
+    begin_life(operation);
     return CL_OK;
 }
 
@@ -243,12 +298,13 @@ void cl_operation_release(cl_operation *operation)
     if (operation == NULL || atomic_fetch_sub_explicit(&operation->references, 1, memory_order_acq_rel) != 1)
         return;
     cl_exchange_free(operation);
-    for (uint32_t s = 0; operation->segments != NULL && s < operation->nsegments; s++)
+    for (uint32_t s = 0; operation->single == NULL && operation->segments != NULL && s < operation->nsegments; s++)
         free(operation->segments[s].waiting);
-    free(operation->gates);
-    free(operation->segments);
-    free(operation->posted);
-    free(operation->verified);
+    if (operation->laid_out_later) {
+        free(operation->gates);
+        free(operation->segments);
+    }
+    free(operation->error);
     free(operation->chunk_first);
     free(operation->member_counts);
     free(operation->memory);
@@ -383,6 +439,8 @@ int cl_operation_layout(cl_operation *operation)
 
 static uint64_t border(uint64_t count, uint64_t part, uint64_t parts)
 {
+    if (part == 0)
+        return 0;
     return part == parts ? count : (count * part / parts) & ~(uint64_t)(CHUNK_ALIGNMENT - 1);
 }
 

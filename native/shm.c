@@ -20,6 +20,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "ring.h"
 #include "shm.h"
 
 enum {
@@ -29,18 +30,12 @@ enum {
     REFERENCE_NBYTES = 4096,
     /* A stage is read when it is full, the ring as it fills: for less than a few parts the ring is faster. */
     LEAST_STAGED_NBYTES = 2 * PART_NBYTES,
+    SMALL_NBYTES = 16 * 1024, /* up to here a payload is published at once with its header */
     NO_STAGE = -1
 };
 
 /* Where a frame's payload lies. */
 enum { PATH_RING = 0, PATH_SENDER, PATH_READER };
-
-typedef struct {
-    cl_ring_header *header;
-    uint8_t *data;
-    uint64_t mask; /* size - 1 */
-    uint64_t head, tail; /* what we know of both */
-} ring;
 
 typedef struct {
     cl_link base;
@@ -74,16 +69,10 @@ typedef struct {
     size_t in_offset;
 } shm_link;
 
-static ring ring_at(const cl_engine *engine, uint8_t *memory, int32_t slot)
-{
-    uint8_t *base = memory + cl_shm_slot_offset(engine, slot);
-    return (ring){(cl_ring_header *)base, base + CL_PAGE, engine->settings.shm_ring_nbytes - 1, 0, 0};
-}
-
 void cl_ring(atomic_int *sleeping, int doorbell)
 {
     uint64_t one = 1;
-    if (!atomic_load(sleeping) || !atomic_exchange(sleeping, 0))
+    if (atomic_load(sleeping) == CL_AWAKE || atomic_exchange(sleeping, CL_AWAKE) == CL_AWAKE)
         return;
     while (write(doorbell, &one, sizeof one) < 0 && errno == EINTR)
         ; /* EAGAIN: the counter is full, so it rings already */
@@ -91,28 +80,17 @@ void cl_ring(atomic_int *sleeping, int doorbell)
 
 /* ---- writing ------------------------------------------------------------------------------------------------- */
 
-static size_t padded(size_t nbytes)
-{
-    return (nbytes + CL_LINE - 1) & ~(size_t)(CL_LINE - 1);
-}
-
-static size_t room(ring *r)
-{
-    if (r->head - r->tail > r->mask / 2) /* look at the reader's cache line only when it matters */
-        r->tail = atomic_load_explicit(&r->header->tail, memory_order_acquire);
-    return (size_t)(r->mask + 1 - (r->head - r->tail));
-}
-
-static void publish(ring *r, size_t nbytes)
-{
-    r->head += nbytes;
-    atomic_store(&r->header->head, r->head); /* sequentially consistent: see wake_peer */
-}
-
 /* After publishing: either we see the peer's flag here, or the peer, which set it first, sees what we published. */
 static void wake_peer(shm_link *link)
 {
     cl_ring(link->peer_sleeping, link->peer_doorbell);
+}
+
+/* An idle peer is not woken for what can wait in the ring, as long as there is room for it. */
+static void wake_peer_for(shm_link *link, uint8_t flags)
+{
+    if (atomic_load(link->peer_sleeping) != CL_IDLE || (flags & CL_FRAME_WAKES) || link->sending)
+        wake_peer(link);
 }
 
 static void finish_frame(shm_link *link)
@@ -180,7 +158,7 @@ static int send_reference(shm_link *link, const cl_frame *frame, uint16_t path, 
     link->references[slot].end = link->out.head;
     link->references[slot].stage = stage;
     link->references[slot].forgotten = false;
-    wake_peer(link);
+    wake_peer_for(link, frame->flags);
     return CL_OK;
 }
 
@@ -277,11 +255,37 @@ static int refuse(shm_link *link, bool for_a_stage)
 {
     link->refused = true;
     link->unstaged = for_a_stage;
+    if (atomic_load(link->peer_sleeping) == CL_IDLE)
+        wake_peer(link); /* it was not for what fills the ring, and has to make room */
     return CL_AGAIN;
+}
+
+/* Header and payload at once: one position to publish, and to look at. */
+static int send_small(shm_link *link, const cl_frame *frame, const void *payload)
+{
+    uint8_t *header = link->out.data + (link->out.head & link->out.mask);
+    memcpy(header, frame, sizeof *frame);
+    ((cl_frame *)header)->path = PATH_RING;
+    if (frame->nbytes > 0)
+        memcpy(header + CL_LINE, payload, frame->nbytes);
+    publish(&link->out, CL_LINE + padded(frame->nbytes));
+    wake_peer_for(link, frame->flags);
+    if (frame->nbytes > 0)
+        link->base.sink->sent(link->base.owner, &link->base, frame); /* last: the frame may end with it */
+    return CL_OK;
+}
+
+static bool is_small(shm_link *link, const cl_frame *frame)
+{
+    size_t whole = CL_LINE + padded(frame->nbytes), at = (size_t)(link->out.head & link->out.mask);
+    return frame->nbytes <= SMALL_NBYTES && room(&link->out) >= whole && link->out.mask + 1 - at >= whole;
 }
 
 static int send_copy(shm_link *link, const cl_frame *frame, const void *payload)
 {
+    if (is_small(link, frame))
+        return send_small(link, frame, payload);
+    uint8_t flags = frame->flags;
     write_header(link, frame, PATH_RING);
     if (frame->nbytes > 0) {
         link->sending = true;
@@ -290,7 +294,7 @@ static int send_copy(shm_link *link, const cl_frame *frame, const void *payload)
         link->out_offset = 0;
         write_payload(link);
     }
-    wake_peer(link);
+    wake_peer_for(link, flags); /* the frame may have ended with its payload */
     return CL_OK;
 }
 
@@ -316,12 +320,6 @@ static int shm_send(cl_link *base, const cl_frame *frame, const void *payload)
 
 /* ---- reading ------------------------------------------------------------------------------------------------- */
 
-static void consume(ring *r, size_t nbytes)
-{
-    r->tail += nbytes;
-    atomic_store(&r->header->tail, r->tail);
-}
-
 static void read_frame(shm_link *link)
 {
     memcpy(&link->in_frame, link->in.data + (link->in.tail & link->in.mask), sizeof link->in_frame);
@@ -332,12 +330,6 @@ static void read_frame(shm_link *link)
     link->receiving = true;
     link->in_offset = 0;
     (void)link->base.sink->begin(link->base.owner, &link->base, &link->in_frame); /* pieces are taken from the ring */
-}
-
-/* Closed is looked at first: what was published before it is then seen. */
-static bool is_at_end(const ring *r)
-{
-    return atomic_load(&r->header->closed) && atomic_load(&r->header->head) == r->tail;
 }
 
 static bool read_payload(shm_link *link)

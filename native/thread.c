@@ -42,6 +42,7 @@ struct cl_runtime {
     bool running;
     bool ticks; /* some link wants to know the time */
     atomic_int sleepers; /* callers that sleep until an operation is done */
+    bool sockets; /* some link is polled by epoll, and not woken by a flag */
     double next_tick_s;
     atomic_int stopping; /* the thread is to end; links are closed after it */
 };
@@ -114,7 +115,7 @@ static void disown(cl_engine *engine)
 
 static void ring_own(struct cl_runtime *runtime)
 {
-    atomic_store(runtime->sleeping, 1);
+    atomic_store(runtime->sleeping, CL_ASLEEP);
     cl_ring(runtime->sleeping, runtime->doorbell);
 }
 
@@ -131,8 +132,8 @@ static void tick_if_due(cl_engine *engine, double now_s)
 
 static void drive_on(cl_engine *engine, const cl_operation *until, double deadline_s)
 {
-    double idle_since_s = cl_engine_now(engine), spin_s = 1e-6 * engine->settings.spin_us;
-    bool moved = false;
+    double idle_since_s = 0, spin_s = 1e-6 * engine->settings.spin_us;
+    bool moved = true; /* the first look sets the clock */
     for (uint32_t round = 1;; round++) {
         int events = cl_engine_progress(engine);
         if (until != NULL && atomic_load_explicit(&until->done, memory_order_relaxed))
@@ -162,6 +163,8 @@ static void drive_on(cl_engine *engine, const cl_operation *until, double deadli
 static void drive(cl_engine *engine, const cl_operation *until, double deadline_s)
 {
     uint64_t mode = cl_float_mode_enter();
+    if (until != NULL)
+        cl_engine_flush(engine); /* first, so that what has come for it already finds its place */
     drive_on(engine, until, deadline_s);
     if (cl_engine_pending(engine) > 0)
         (void)cl_engine_progress(engine); /* what the last events queued leaves now, and not with the next wake-up */
@@ -182,11 +185,18 @@ static void update_interest(cl_engine *engine, int32_t peer)
         runtime->interest[peer] = events;
 }
 
+/* Nothing here waits for a peer, nor a peer for more than what lies in its ring. */
+static bool is_idle(cl_engine *engine)
+{
+    return !engine->runtime->sockets && atomic_load_explicit(&engine->unfinished, memory_order_relaxed) == 0 &&
+           cl_engine_pending(engine) == 0;
+}
+
 /* True: whatever happens next rings the doorbell or wakes epoll. False: there is more to do now. */
 static bool arm(cl_engine *engine)
 {
     bool quiet = true;
-    atomic_store(engine->runtime->sleeping, 1);
+    atomic_store(engine->runtime->sleeping, is_idle(engine) ? CL_IDLE : CL_ASLEEP);
     for (int32_t r = 0; r < engine->size; r++) {
         cl_peer *peer = &engine->peers[r];
         if (peer->link == NULL || peer->lost)
@@ -199,7 +209,7 @@ static bool arm(cl_engine *engine)
 
 static void disarm(cl_engine *engine)
 {
-    atomic_store_explicit(engine->runtime->sleeping, 0, memory_order_relaxed);
+    atomic_store_explicit(engine->runtime->sleeping, CL_AWAKE, memory_order_relaxed);
     for (int32_t r = 0; r < engine->size; r++)
         if (engine->peers[r].link != NULL && !engine->peers[r].lost)
             engine->peers[r].link->transport->disarm(engine->peers[r].link);
@@ -284,6 +294,7 @@ static int watch(cl_engine *engine)
         if (link == NULL)
             continue;
         runtime->ticks |= link->transport->tick != NULL;
+        runtime->sockets |= link->transport != &cl_shm_transport;
         event.data.u64 = (uint64_t)(int64_t)r;
         int pidfd = cl_shm_pidfd(link);
         if (pidfd >= 0 && epoll_ctl(runtime->epoll, EPOLL_CTL_ADD, pidfd, &event) != 0)
@@ -388,14 +399,9 @@ static void post(cl_engine *engine)
     disown(engine);
 }
 
-static int submit(cl_engine *engine, const cl_request *request, bool lazy, cl_operation **out)
+static void enqueue(cl_engine *engine, cl_operation *operation, bool lazy)
 {
-    cl_operation *operation;
-    if (atomic_load_explicit(&engine->forked, memory_order_relaxed))
-        return CL_FORKED;
-    CL_TRY(cl_operation_new(engine, request, &operation));
     cl_operation_hold(operation); /* one for the caller, one for the engine */
-    *out = operation;
     atomic_fetch_add_explicit(&engine->unfinished, 1, memory_order_relaxed);
     cl_operation *head = atomic_load_explicit(&engine->inbox, memory_order_relaxed);
     do
@@ -405,6 +411,16 @@ static int submit(cl_engine *engine, const cl_request *request, bool lazy, cl_op
         post(engine);
     if (atomic_load(&engine->ended))
         fail_submissions(engine);
+}
+
+static int submit(cl_engine *engine, const cl_request *request, bool lazy, cl_operation **out)
+{
+    cl_operation *operation;
+    if (atomic_load_explicit(&engine->forked, memory_order_relaxed))
+        return CL_FORKED;
+    CL_TRY(cl_operation_new(engine, request, &operation));
+    *out = operation; /* before the engine has it, which may end it at once */
+    enqueue(engine, operation, lazy);
     return CL_OK;
 }
 
@@ -472,26 +488,28 @@ static void help(cl_engine *engine, const cl_operation *operation, double deadli
         disown(engine);
         return;
     }
-    disarm(engine);
+    /*
+     * Between operations the flag says "idle", and it may stay so: peers do not ring while this caller polls, and what
+     * they then have for him, he finds. So a series of small operations changes no flag, and no cache line but the rings'.
+     */
+    bool was_idle = atomic_load_explicit(engine->runtime->sleeping, memory_order_relaxed) == CL_IDLE;
+    if (!was_idle)
+        disarm(engine);
     drive(engine, operation, deadline_s);
-    if (!arm(engine))
+    if (!(was_idle && is_idle(engine)) && !arm(engine))
         ring_own(engine->runtime);
     disown(engine);
 }
 
-int cl_operation_wait(cl_operation *operation, int32_t timeout_ms)
+static int wait_from(cl_operation *operation, double begin_s, int32_t timeout_ms)
 {
     cl_engine *engine = operation->engine;
-    if (atomic_load_explicit(&operation->done, memory_order_acquire))
-        return operation->status;
-    if (atomic_load_explicit(&engine->forked, memory_order_relaxed))
-        return CL_FORKED;
-    double now_s = cl_engine_now(engine), deadline_s = now_s + 1e-3 * (timeout_ms < 0 ? 0 : timeout_ms);
+    double deadline_s = begin_s + 1e-3 * (timeout_ms < 0 ? 0 : timeout_ms);
     while (engine->runtime != NULL) {
         help(engine, operation, deadline_s);
         if (atomic_load_explicit(&operation->done, memory_order_acquire))
             return operation->status;
-        now_s = cl_engine_now(engine);
+        double now_s = cl_engine_now(engine);
         if (now_s >= deadline_s)
             break;
         sleep_until_done(operation, deadline_s - now_s);
@@ -501,16 +519,40 @@ int cl_operation_wait(cl_operation *operation, int32_t timeout_ms)
     return CL_AGAIN;
 }
 
+int cl_operation_wait(cl_operation *operation, int32_t timeout_ms)
+{
+    if (atomic_load_explicit(&operation->done, memory_order_acquire))
+        return operation->status;
+    if (atomic_load_explicit(&operation->engine->forked, memory_order_relaxed))
+        return CL_FORKED;
+    return wait_from(operation, cl_engine_now(operation->engine), timeout_ms);
+}
+
 int cl_run(cl_engine *engine, const cl_request *request, int32_t timeout_ms, cl_operation **out)
 {
     *out = NULL;
     CL_TRY(submit(engine, request, true, out));
-    int status = cl_operation_wait(*out, timeout_ms);
+    int status = wait_from(*out, (*out)->submitted_s, timeout_ms);
     if (status == CL_OK) {
         cl_operation_release(*out);
         *out = NULL;
     }
     return status;
+}
+
+int cl_run_again(cl_engine *engine, cl_request *request, uint64_t stride, int32_t timeout_ms, cl_operation **out)
+{
+    request->key += stride;
+    if (atomic_load_explicit(&engine->forked, memory_order_relaxed))
+        return CL_FORKED;
+    if (*out != NULL && cl_operation_renew(*out, request->key) != CL_OK) {
+        cl_operation_release(*out); /* the thread has not let go of it yet */
+        *out = NULL;
+    }
+    if (*out == NULL)
+        CL_TRY(cl_operation_new(engine, request, out));
+    enqueue(engine, *out, true);
+    return wait_from(*out, (*out)->submitted_s, timeout_ms);
 }
 
 int cl_operation_done(cl_operation *operation)
@@ -521,7 +563,7 @@ int cl_operation_done(cl_operation *operation)
 int cl_operation_status(cl_operation *operation, const char **text, int32_t *peer)
 {
     bool done = atomic_load_explicit(&operation->done, memory_order_acquire);
-    *text = done ? operation->error : "";
+    *text = done && operation->error != NULL ? operation->error : "";
     *peer = done ? operation->blamed : -1;
     return done ? operation->status : CL_AGAIN;
 }

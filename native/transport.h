@@ -53,6 +53,9 @@ typedef enum {
     CL_LENT_KEPT  /* set by the sink: it has, and will send from there, to the same peer, once */
 } cl_lent;
 
+/* A flag: wakes also a receiver that has no operation in flight. Frames of operations wait until it has. */
+enum { CL_FRAME_WAKES = 0x40 };
+
 typedef struct cl_link cl_link;
 
 /* What a link tells its owner. `owner` is the engine, opaque here. */

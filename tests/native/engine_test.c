@@ -5,6 +5,7 @@
  */
 #define _GNU_SOURCE
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "world.h"
@@ -175,6 +176,50 @@ static void test_every_kind(world *w, uint64_t seed)
     on_all_ranks(w, seed, every_kind);
 }
 
+/*
+ * Sums on the same memory, one after the other, each run as the last one's operation again; in between, others in flight and
+ * pauses of every length, so that ranks meet while they poll, sleep and have nothing to do.
+ */
+static void *again(void *argument)
+{
+    rank_arguments *a = argument;
+    cl_engine *engine = a->w->engines[a->rank];
+    uint64_t random = a->seed * 97 + (uint64_t)a->rank;
+    int32_t data[700], other[90], size = a->w->size;
+    cl_operation *place = NULL, *beside = NULL;
+    cl_request request = sum_request(a->w, a->rank, a->seed * 100000 + 7, data, a->seed % 2 == 0 ? 700 : 2);
+    request.segment_count = a->seed % 3 == 0 ? 64 : 0;
+    for (uint64_t n = 0; n < 60; n++) {
+        const struct timespec pause = {0, (long)(next_random(&random) % 60000)};
+        if (next_random(&random) % 3 == 0)
+            nanosleep(&pause, NULL);
+        cl_request more = sum_request(a->w, a->rank, a->seed * 100000 + 500 + n, other, 90);
+        for (int32_t k = 0; n % 4 == 1 && k < 90; k++)
+            other[k] = k + a->rank;
+        if (n % 4 == 1)
+            CHECK(cl_submit(engine, &more, &beside) == CL_OK);
+        for (uint64_t k = 0; k < request.count; k++)
+            data[k] = (int32_t)(n + k) + a->rank;
+        int status = cl_run_again(engine, &request, 1000003, 100, &place);
+        CHECK((status == CL_OK || status == CL_AGAIN) && place != NULL);
+        wait_for(place, CL_OK);
+        for (uint64_t k = 0; k < request.count; k++)
+            CHECK(data[k] == size * (int32_t)(n + k) + size * (size - 1) / 2);
+        if (n % 4 == 3) {
+            wait_for(beside, CL_OK);
+            check_sum(other, 90, 0, size);
+            cl_operation_release(beside);
+        }
+    }
+    cl_operation_release(place);
+    return NULL;
+}
+
+static void test_again(world *w, uint64_t seed)
+{
+    on_all_ranks(w, seed, again);
+}
+
 /* The last rank submits another count: all ranks hear of both sides, and the next operation works. */
 static void *mismatch(void *argument)
 {
@@ -302,7 +347,7 @@ static const struct {
     const char *name;
     void (*run)(world *w, uint64_t seed);
 } tests[] = {
-    {"random order", test_random_order}, {"every kind", test_every_kind}, {"mismatch", test_mismatch},
+    {"random order", test_random_order}, {"every kind", test_every_kind}, {"again", test_again}, {"mismatch", test_mismatch},
     {"late rank", test_late_rank}, {"leaving", test_leaving}, /* last: nothing works after it */
 };
 
