@@ -8,6 +8,7 @@ import ctypes
 import math
 
 import numpy
+from numpy import ndarray
 
 # The engine's cl_dtype of every dtype name, and its size.
 DTYPES = {
@@ -97,7 +98,7 @@ def as_buffer(array):
         TypeError: no memory there (a list, a number), or a dtype that commlib does not know.
         ValueError: the memory is not contiguous.
     """
-    if isinstance(array, numpy.ndarray):
+    if isinstance(array, ndarray):
         return buffer_of_numpy(array)
     if isinstance(array, Buffer):
         return array

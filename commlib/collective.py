@@ -11,7 +11,8 @@ import zlib
 
 from commlib.buffer import DTYPES
 from commlib.engine import (
-    KIND_CODES, NO_PLAN, copy_of_request, native_plan, new_members, new_offsets, new_request, new_text, pointer_of,
+    AGAIN, KIND_CODES, NO_PLAN, copy_of_request, memory_of, native_plan, new_members, new_offsets, new_request, new_text,
+    pointer_of,
 )  # fmt: skip
 from commlib.handle import Flight, Handle
 from commlib.layout import Layout
@@ -115,6 +116,74 @@ class Submitter:
             use.handle = handle
         return handle
 
+    # ---- the short way: as the last time, in place, on any NumPy array of the same shape and dtype ----------------------
+
+    def remember(self, kind, name, array, wish):
+        """`wish` is all that the user asked for beside the array, which was just submitted under this name."""
+        use = self._names.use(kind, name)
+        use.wish, use.dtype, use.shape = wish, array.dtype, array.shape
+
+    def run_again(self, kind, name, array, wish, timeout_s):
+        """Runs an operation that asks for the same as the last one of its name, and waits. False: it does not, or may not."""
+        use = self._names.used(kind).get(name)
+        if use is None or use.wish != wish or array.dtype is not use.dtype or array.shape != use.shape:
+            return False
+        engine, flight, request, keep = self.engine, self.flight, use.request, use.keep
+        if use.handle is not None or request is None or engine.closed or engine.forked or flight.timeline is not None:
+            return False
+        try:
+            memory = memory_of(array)
+        except (ValueError, TypeError, BufferError):
+            return False  # the long way tells the user what is wrong
+        with self._lock:
+            key, number = use.next_key(), use.count
+        place = engine.places.pop() if engine.places else engine.new_place()
+        try:
+            status = engine.run_at(request, key, memory, memory, place)
+        except BaseException:  # Ctrl-C, which Python learns here; the operation goes on
+            self._caught(kind, use, number, (memory, keep), engine.taken_from(place, AGAIN), array)
+            raise
+        if status != 0:
+            self._caught(kind, use, number, (memory, keep), engine.taken_from(place, status), array).wait(timeout_s)
+        engine.places.append(place)
+        return True
+
+    def start_again(self, kind, name, array, wish):
+        """As `run_again`, but does not wait. Returns the handle, or None."""
+        use = self._names.used(kind).get(name)
+        if use is None or use.wish != wish or array.dtype is not use.dtype or array.shape != use.shape:
+            return None
+        engine, request, keep = self.engine, use.request, use.keep
+        if use.handle is not None or request is None or engine.closed or engine.forked:
+            return None
+        try:
+            memory = memory_of(array)
+        except (ValueError, TypeError, BufferError):
+            return None
+        with self._lock:
+            key, number = use.next_key(), use.count
+        place = engine.places.pop() if engine.places else engine.new_place()
+        handle = Handle(self.flight, use, kind, f"noname.{number}" if name is None else name, (memory, keep), None, array)
+        self.flight.add(handle)
+        status = engine.submit_at(request, key, memory, memory, place)
+        if status != 0:
+            self.flight.discard(handle)
+        handle.operation = place[0] if status == 0 else engine.taken_from(place, status)
+        engine.places.append(place)
+        if name is not None:
+            use.handle = handle
+        return handle
+
+    def _caught(self, kind, use, number, keep, operation, result):
+        """An operation that was not done at once as one in flight."""
+        name = f"noname.{number}" if use.name is None else use.name
+        handle = Handle(self.flight, use, kind, name, keep, None, result)
+        self.flight.add(handle)
+        handle.operation = operation
+        if use.name is not None:
+            use.handle = handle
+        return handle
+
     def prepare(self, kind, name, source, target, *, priority=0, op=None, scales=(1.0, 1.0), result=None):
         """A Prepared of an operation on this memory; arguments as for `submit`."""
         use = self._names.use(kind, name)
@@ -151,10 +220,8 @@ class Submitter:
     def _describe(self, use, kind, signature):
         """Fills in all of a request that does not change from one use of a name to the next."""
         dtype, count, shape, op, root, priority, scales, parts, overlapped = signature
-        use.signature = None  # while the request is half written
-        if use.request is None:
-            self._make_request(use)
-        request = use.request
+        use.signature = use.wish = None  # while the request is half written
+        request = self._make_request(use)
         code, itemsize = DTYPES[dtype]
         plan, segment_count = self._plan(kind, count * itemsize, itemsize, max(root, 0), overlapped)
         text = new_text(_text_of(kind, use.name, dtype, shape, op, root, scales, overlapped))
@@ -177,13 +244,18 @@ class Submitter:
         use.signature = signature
 
     def _make_request(self, use):
-        """Programs may make up names without end; what is kept of them beside their number of uses is bounded."""
-        if len(self._described) >= _MOST_REQUESTS:
-            for old in self._described:
-                old.forget_request()
-            self._described.clear()
-        self._described.append(use)
+        """Programs may make up names without end; what is kept of them beside their number of uses is bounded.
+
+        A new request each time: another thread may be reading the old one.
+        """
+        if use.request is None:
+            if len(self._described) >= _MOST_REQUESTS:
+                for old in self._described:
+                    old.forget_request()
+                self._described.clear()
+            self._described.append(use)
         use.request = new_request()
+        return use.request
 
     def _plan(self, kind, nbytes, itemsize, root, overlapped):
         """The engine's plan for an operation, made once per (kind, algorithm, root), and elements per segment."""

@@ -6,7 +6,7 @@ underscore it works in place. This file checks what users pass, and describes re
 
 from functools import partial
 
-from commlib.buffer import Buffer, as_buffer, copy_into, new_like, style_of, writable_buffer
+from commlib.buffer import Buffer, as_buffer, copy_into, ndarray, new_like, style_of, writable_buffer
 from commlib.collective import Submitter
 from commlib.control import Control
 from commlib.reduction import Average, check_op
@@ -80,8 +80,12 @@ class Communicator:
             ValueError: read-only or non-contiguous array, name in flight.
             TypeError: no array, unknown dtype, unknown op.
         """
-        return self._allreduce(array, writable_buffer(array, "allreduce_"), False, name, op, priority,
-                               prescale_factor, postscale_factor, overlapped)  # fmt: skip
+        wish = (op, priority, prescale_factor, postscale_factor, overlapped)
+        if type(array) is ndarray:
+            handle = self._submitter.start_again("allreduce", name, array, wish)
+            if handle is not None:
+                return handle
+        return self._in_place(array, name, wish, False)
 
     def allreduce_async(self, array, *, name=None, op=Average, priority=0, prescale_factor=1.0, postscale_factor=1.0,
                         overlapped=False):  # fmt: skip
@@ -92,8 +96,10 @@ class Communicator:
     def allreduce_(self, array, *, name=None, op=Average, priority=0, prescale_factor=1.0, postscale_factor=1.0,
                    timeout_s=None):  # fmt: skip
         """As `allreduce_async_`, and waits. Returns the array."""
-        return self._allreduce(array, writable_buffer(array, "allreduce_"), False, name, op, priority,
-                               prescale_factor, postscale_factor, lazy=True).wait(timeout_s)  # fmt: skip
+        wish = (op, priority, prescale_factor, postscale_factor, False)
+        if type(array) is ndarray and self._submitter.run_again("allreduce", name, array, wish, timeout_s):
+            return array
+        return self._in_place(array, name, wish, True).wait(timeout_s)
 
     def allreduce(self, array, *, name=None, op=Average, priority=0, prescale_factor=1.0, postscale_factor=1.0,
                   timeout_s=None):  # fmt: skip
@@ -151,6 +157,14 @@ class Communicator:
             >>> commlib.shutdown()
         """
         return new_shared(self._engine.shared_memory, shape, dtype, shared_only)
+
+    def _in_place(self, array, name, wish, lazy):
+        buffer = writable_buffer(array, "allreduce_")
+        op, priority, prescale, postscale, overlapped = wish
+        handle = self._allreduce(array, buffer, False, name, op, priority, prescale, postscale, overlapped, lazy)
+        if type(array) is ndarray:
+            self._submitter.remember("allreduce", name, array, wish)
+        return handle
 
     def _allreduce(self, array, source, is_new, name, op, priority, prescale, postscale, overlapped=False, lazy=False):
         check_op(op, source.dtype)

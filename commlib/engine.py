@@ -58,7 +58,8 @@ class Engine:
         ValueError: the engine refuses a setting.
     """
 
-    __slots__ = ("pointer", "rank", "size", "forked", "closed", "_out", "_library", "__weakref__")
+    __slots__ = ("pointer", "rank", "size", "forked", "closed", "run_at", "submit_at", "places", "_out", "_library",
+                 "__weakref__")  # fmt: skip
 
     def __init__(self, rank, size, settings):
         self.pointer = None
@@ -72,6 +73,11 @@ class Engine:
         engine = ffi.new("cl_engine **")
         _check(lib.cl_engine_new(rank, size, ffi.new("cl_settings *", fields), engine))
         self.pointer = engine[0]
+        # (request, key, input, output, place) -> status: a request on other memory under another key, see commlib.h. Bound
+        # here, since many small operations spend most of their time on the way to C.
+        self.run_at = partial(lib.cl_run_at, self.pointer)
+        self.submit_at = partial(lib.cl_submit_at, self.pointer)
+        self.places = []  # for their results, free to be used; a list's pop and append are atomic
 
     # ---- links: what commlib.connect wants of an endpoint; descriptors given here are the engine's from then on ---
 
@@ -201,6 +207,10 @@ class Engine:
         place = ffi.new("cl_operation **")
         return partial(lib.cl_run_again, self.pointer, request, stride, _SLICE_MS, place), place
 
+    def new_place(self):
+        """One more, where `places` is empty."""
+        return ffi.new("cl_operation **")
+
     def taken_from(self, place, status):
         """The operation that a runner has left behind, still held.
 
@@ -316,6 +326,18 @@ def new_offsets(offsets):
 def new_members(members):
     """A C array of int32_t."""
     return ffi.new("int32_t[]", list(members))
+
+
+_BYTES = ffi.typeof("char[]")
+
+
+def memory_of(array):
+    """The bytes of a C-contiguous, writable array with the buffer protocol; they keep the array alive, and as long as it is.
+
+    Raises:
+        ValueError, TypeError, BufferError: it is no such array.
+    """
+    return ffi.from_buffer(_BYTES, array, True)
 
 
 def pointer_of(buffer):

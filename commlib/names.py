@@ -28,7 +28,7 @@ class Use:
     `request` and `signature` belong to whoever submits: a repeated call fills in only what changed.
     """
 
-    __slots__ = ("base", "name", "count", "handle", "request", "signature", "keep")
+    __slots__ = ("base", "name", "count", "handle", "request", "signature", "keep", "wish", "dtype", "shape")
 
     def __init__(self, group, kind, name):
         self.base = base_key(group, kind, name)
@@ -38,6 +38,7 @@ class Use:
         self.request = None
         self.signature = None
         self.keep = None
+        self.wish = self.dtype = self.shape = None  # of the NumPy array that `request` describes, as its user called
 
     def next_key(self):
         """Counts one more use and returns its key."""
@@ -47,7 +48,7 @@ class Use:
 
     def forget_request(self):
         """What was asked for last is out of date; how often the name was used is not."""
-        self.request = self.signature = self.keep = None
+        self.request = self.signature = self.keep = self.wish = None
 
 
 class Names:
@@ -58,6 +59,10 @@ class Names:
     def __init__(self, group, kinds):
         self.group = group
         self._uses = {kind: {} for kind in kinds}
+
+    def used(self, kind):
+        """The records of all names of a kind that were used, by name."""
+        return self._uses[kind]
 
     def use(self, kind, name):
         """The record of a name, made at its first use."""

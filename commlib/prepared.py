@@ -3,6 +3,7 @@
 It is a call into C and back, without a handle; only where that does not end at once does it become an ordinary one.
 """
 
+from commlib.engine import AGAIN
 from commlib.handle import Handle
 from commlib.names import STRIDE, key_of_use
 
@@ -48,8 +49,12 @@ class Prepared:
         if use.handle is not None or use.count != self._count:
             self._catch_up()
         use.count = self._count = use.count + 1
-        status = self._run()
-        return self._result if status == 0 else self._wait_on(status, timeout_s)
+        try:
+            status = self._run()
+        except BaseException:  # Ctrl-C, which Python learns here; the operation goes on
+            self._caught(AGAIN)
+            raise
+        return self._result if status == 0 else self._caught(status).wait(timeout_s)
 
     def _catch_up(self):
         """The name was used by others since the last call."""
@@ -57,14 +62,14 @@ class Prepared:
             self._submitter.free_name(self._kind, self._use)
         self._request.key = key_of_use(self._use.base, self._use.count - 1)
 
-    def _wait_on(self, status, timeout_s):
-        """It was not done well at once: it becomes an ordinary operation in flight."""
+    def _caught(self, status):
+        """It was not done well at once: it becomes an ordinary operation in flight. Returns its handle."""
         operation = self._engine.taken_from(self._place, status)
         flight, use = self._submitter.flight, self._use
         handle = use.handle = Handle(flight, use, self._kind, use.name, self._keep, None, self._result)
         flight.add(handle)
         handle.operation = operation
-        return handle.wait(timeout_s)
+        return handle
 
     def __del__(self):
         if self._place is not None and self._place[0]:

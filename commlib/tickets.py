@@ -213,6 +213,13 @@ class TicketSubmitter(Submitter):
         super().after_fork()
         self._worker.after_fork()
 
+    def run_again(self, *_):
+        """There is no short way: every operation has a job."""
+        return False
+
+    def start_again(self, *_):
+        """As `run_again`."""
+
     def _post(self, handle, request):
         if request.kind == TICKET_CODE:
             handle.assign(request, self.engine.rank, self.engine.size)

@@ -224,6 +224,14 @@ int cl_operation_wait(cl_operation *operation, int32_t timeout_ms);
  */
 int cl_run(cl_engine *engine, const cl_request *request, int32_t timeout_ms, cl_operation **operation);
 /*
+ * As cl_submit (which wakes the thread) and cl_run (for at most 100 ms), with another key and other memory than the request
+ * says: it may be shared between threads.
+ */
+int cl_submit_at(cl_engine *engine, const cl_request *request, uint64_t key, const void *input, void *output,
+                 cl_operation **operation);
+int cl_run_at(cl_engine *engine, const cl_request *request, uint64_t key, const void *input, void *output,
+              cl_operation **operation);
+/*
  * As cl_run, again and again on the same memory: adds `stride` to request->key, and uses the operation of the last call anew.
  * In, out: *operation, NULL before the first call, else what the last call left, done and with CL_OK; what is left after
  * any other status is the caller's, to wait on, ask for the error and release, and the next call begins with NULL.

@@ -315,6 +315,40 @@ void cl_operation_release(cl_operation *operation)
     free(operation);
 }
 
+/* ---- what its caller may ask, from any thread ------------------------------------------------------------------ */
+
+int cl_operation_done(cl_operation *operation)
+{
+    return atomic_load_explicit(&operation->done, memory_order_acquire);
+}
+
+int cl_operation_status(cl_operation *operation, const char **text, int32_t *peer)
+{
+    bool done = atomic_load_explicit(&operation->done, memory_order_acquire);
+    *text = done && operation->error != NULL ? operation->error : "";
+    *peer = done ? operation->blamed : -1;
+    return done ? operation->status : CL_AGAIN;
+}
+
+int cl_operation_result(cl_operation *operation, void **address, uint64_t *count, const uint64_t **member_counts)
+{
+    if (!atomic_load_explicit(&operation->done, memory_order_acquire))
+        return CL_AGAIN;
+    *address = operation->result;
+    *count = operation->result_count;
+    *member_counts = operation->member_counts;
+    return operation->status;
+}
+
+void cl_operation_times(cl_operation *operation, double *submitted, double *started, double *done, uint32_t *segments)
+{
+    bool finished = atomic_load_explicit(&operation->done, memory_order_acquire);
+    *submitted = operation->submitted_s;
+    *started = finished ? operation->started_s : -1;
+    *done = finished ? operation->done_s : -1;
+    *segments = finished ? operation->segments_done : 0;
+}
+
 /* ---- layout: after the exchange, if there is one ------------------------------------------------------------ */
 
 static int allocate_result(cl_operation *operation, uint64_t count)

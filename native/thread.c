@@ -27,6 +27,7 @@ enum {
     LOCK_HELD = 1,
     LOCK_WANTED = 2, /* held, and somebody sleeps until it is free */
     MAX_EVENTS = 64,
+    RUN_SLICE_MS = 100, /* so long cl_run_at waits */
     ROUNDS_PER_LOOK = 8, /* a look at the clock costs as much as a round in which nothing happens */
     DOORBELL = -1 /* among epoll's tags, which else are peers */
 };
@@ -416,6 +417,7 @@ static void enqueue(cl_engine *engine, cl_operation *operation, bool lazy)
 static int submit(cl_engine *engine, const cl_request *request, bool lazy, cl_operation **out)
 {
     cl_operation *operation;
+    *out = NULL;
     if (atomic_load_explicit(&engine->forked, memory_order_relaxed))
         return CL_FORKED;
     CL_TRY(cl_operation_new(engine, request, &operation));
@@ -530,7 +532,6 @@ int cl_operation_wait(cl_operation *operation, int32_t timeout_ms)
 
 int cl_run(cl_engine *engine, const cl_request *request, int32_t timeout_ms, cl_operation **out)
 {
-    *out = NULL;
     CL_TRY(submit(engine, request, true, out));
     int status = wait_from(*out, (*out)->submitted_s, timeout_ms);
     if (status == CL_OK) {
@@ -538,6 +539,29 @@ int cl_run(cl_engine *engine, const cl_request *request, int32_t timeout_ms, cl_
         *out = NULL;
     }
     return status;
+}
+
+static cl_request at(const cl_request *request, uint64_t key, const void *input, void *output)
+{
+    cl_request moved = *request;
+    moved.key = key;
+    moved.input = input;
+    moved.output = output;
+    return moved;
+}
+
+int cl_submit_at(cl_engine *engine, const cl_request *request, uint64_t key, const void *input, void *output,
+                 cl_operation **out)
+{
+    cl_request moved = at(request, key, input, output);
+    return submit(engine, &moved, false, out);
+}
+
+int cl_run_at(cl_engine *engine, const cl_request *request, uint64_t key, const void *input, void *output,
+              cl_operation **out)
+{
+    cl_request moved = at(request, key, input, output);
+    return cl_run(engine, &moved, RUN_SLICE_MS, out);
 }
 
 int cl_run_again(cl_engine *engine, cl_request *request, uint64_t stride, int32_t timeout_ms, cl_operation **out)
@@ -553,38 +577,6 @@ int cl_run_again(cl_engine *engine, cl_request *request, uint64_t stride, int32_
         CL_TRY(cl_operation_new(engine, request, out));
     enqueue(engine, *out, true);
     return wait_from(*out, (*out)->submitted_s, timeout_ms);
-}
-
-int cl_operation_done(cl_operation *operation)
-{
-    return atomic_load_explicit(&operation->done, memory_order_acquire);
-}
-
-int cl_operation_status(cl_operation *operation, const char **text, int32_t *peer)
-{
-    bool done = atomic_load_explicit(&operation->done, memory_order_acquire);
-    *text = done && operation->error != NULL ? operation->error : "";
-    *peer = done ? operation->blamed : -1;
-    return done ? operation->status : CL_AGAIN;
-}
-
-int cl_operation_result(cl_operation *operation, void **address, uint64_t *count, const uint64_t **member_counts)
-{
-    if (!atomic_load_explicit(&operation->done, memory_order_acquire))
-        return CL_AGAIN;
-    *address = operation->result;
-    *count = operation->result_count;
-    *member_counts = operation->member_counts;
-    return operation->status;
-}
-
-void cl_operation_times(cl_operation *operation, double *submitted, double *started, double *done, uint32_t *segments)
-{
-    bool finished = atomic_load_explicit(&operation->done, memory_order_acquire);
-    *submitted = operation->submitted_s;
-    *started = finished ? operation->started_s : -1;
-    *done = finished ? operation->done_s : -1;
-    *segments = finished ? operation->segments_done : 0;
 }
 
 int cl_engine_health(cl_engine *engine, const char **text, int32_t *peer)
