@@ -2,6 +2,9 @@
 # make test   installs into .venv and runs every test, the sanitizers' included
 # make bench  measures all-reduce beside gloo, MPI libraries and oneCCL, each in an environment of its own: about 6 minutes,
 #             and some more the first time; what cannot be installed is reported as absent. Let the machine rest meanwhile.
+# make instructions         counts the instructions of the engine's hot paths with callgrind, and compares them with what was
+#             recorded: that shows on a busy machine, too, what a change costs
+# make instructions-record  records them anew
 # make plots  draws docs/allreduce.svg and the README's tables from what make bench has measured
 #
 # The first two need Linux, Python >= 3.9 with venv, a C compiler (gcc) and the network for pip. No GPU, no CUDA.
@@ -10,7 +13,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench plots build wheel clean
+.PHONY: demo test bench plots instructions instructions-record build wheel clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/commrun -np 2 $(VENV)/bin/python examples/torch_digits.py
@@ -22,6 +25,12 @@ bench: $(VENV)/.test
 	$(VENV)/bin/python benchmarks/environments.py
 	$(VENV)/bin/python benchmarks/allreduce.py --ranks 2 4 8 --output benchmarks/results/allreduce.json
 	$(VENV)/bin/python benchmarks/latency.py --output benchmarks/results/latency.json
+
+instructions:
+	$(PYTHON) benchmarks/instructions.py
+
+instructions-record:
+	$(PYTHON) benchmarks/instructions.py --record
 
 plots: $(VENV)/.test
 	$(PIP) matplotlib
