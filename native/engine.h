@@ -350,10 +350,6 @@ void cl_outgoing_free_all(cl_peer *peer);
 void cl_runtime_completed(cl_operation *operation);
 /* Tells the owner, from any thread, that segments are ready: their gates, or tickets that come back. */
 void cl_operation_open(cl_operation *operation, uint32_t first, uint32_t end);
-/* Sleeps while the word has this value, at most so long. */
-void cl_futex_wait(atomic_int *word, int value, double timeout_s);
-/* Changes the word and wakes all who sleep on it. */
-void cl_futex_wake(atomic_int *word);
 void cl_runtime_free(cl_engine *engine);
 
 /* shm.c */

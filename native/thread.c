@@ -7,8 +7,6 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <limits.h>
-#include <linux/futex.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -16,16 +14,13 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "engine.h"
+#include "lock.h"
 
 enum {
-    LOCK_FREE = 0,
-    LOCK_HELD = 1,
-    LOCK_WANTED = 2, /* held, and somebody sleeps until it is free */
     MAX_EVENTS = 64,
     RUN_SLICE_MS = 100, /* so long cl_run_at waits */
     ROUNDS_PER_LOOK = 8, /* a look at the clock costs as much as a round in which nothing happens */
@@ -57,45 +52,6 @@ static void relax(void)
 #endif
 }
 
-static long futex(atomic_int *word, int operation, int value, const struct timespec *timeout)
-{
-    return syscall(SYS_futex, word, operation | FUTEX_PRIVATE_FLAG, value, timeout, NULL, 0);
-}
-
-void cl_futex_wait(atomic_int *word, int value, double timeout_s)
-{
-    struct timespec timeout = {(time_t)timeout_s, (long)(1e9 * (timeout_s - (double)(time_t)timeout_s))};
-    if (atomic_load(word) == value)
-        futex(word, FUTEX_WAIT, value, &timeout);
-}
-
-void cl_futex_wake(atomic_int *word)
-{
-    atomic_fetch_add(word, 1);
-    futex(word, FUTEX_WAKE, INT_MAX, NULL);
-}
-
-static bool try_lock(atomic_int *word)
-{
-    int expected = LOCK_FREE;
-    return atomic_compare_exchange_strong_explicit(word, &expected, LOCK_HELD, memory_order_acquire,
-                                                   memory_order_relaxed);
-}
-
-static void lock(atomic_int *word)
-{
-    if (try_lock(word))
-        return;
-    while (atomic_exchange_explicit(word, LOCK_WANTED, memory_order_acquire) != LOCK_FREE)
-        futex(word, FUTEX_WAIT, LOCK_WANTED, NULL);
-}
-
-static void unlock(atomic_int *word)
-{
-    if (atomic_exchange_explicit(word, LOCK_FREE, memory_order_release) == LOCK_WANTED)
-        futex(word, FUTEX_WAKE, 1, NULL);
-}
-
 /* Without a thread the caller is alone; in a forked child the parent's owner will never unlock. */
 static bool is_shared(const cl_engine *engine)
 {
@@ -105,13 +61,13 @@ static bool is_shared(const cl_engine *engine)
 static void own(cl_engine *engine)
 {
     if (is_shared(engine))
-        lock(&engine->runtime->lock);
+        cl_lock(&engine->runtime->lock);
 }
 
 static void disown(cl_engine *engine)
 {
     if (is_shared(engine))
-        unlock(&engine->runtime->lock);
+        cl_unlock(&engine->runtime->lock);
 }
 
 static void ring_own(struct cl_runtime *runtime)
@@ -385,7 +341,7 @@ static void fail_submissions(cl_engine *engine)
  */
 static void post(cl_engine *engine)
 {
-    if (!is_shared(engine) || engine->runtime->ticks || !try_lock(&engine->runtime->lock)) {
+    if (!is_shared(engine) || engine->runtime->ticks || !cl_try_lock(&engine->runtime->lock)) {
         engine->wake(engine);
         return;
     }
@@ -463,16 +419,14 @@ void cl_runtime_completed(cl_operation *operation)
     atomic_fetch_sub_explicit(&operation->engine->unfinished, 1, memory_order_relaxed);
     atomic_store(&operation->done, 1);
     if (atomic_load(&operation->waiters) > 0)
-        futex(&operation->done, FUTEX_WAKE, INT_MAX, NULL);
+        cl_futex_wake_all(&operation->done);
 }
 
 static void sleep_until_done(cl_operation *operation, double left_s)
 {
-    struct timespec timeout = {(time_t)left_s, (long)(1e9 * (left_s - (double)(time_t)left_s))};
     atomic_fetch_add(&operation->engine->runtime->sleepers, 1);
     atomic_fetch_add(&operation->waiters, 1);
-    if (!atomic_load(&operation->done))
-        futex(&operation->done, FUTEX_WAIT, 0, &timeout);
+    cl_futex_wait(&operation->done, 0, left_s);
     atomic_fetch_sub(&operation->waiters, 1);
     atomic_fetch_sub(&operation->engine->runtime->sleepers, 1);
 }
@@ -480,7 +434,7 @@ static void sleep_until_done(cl_operation *operation, double left_s)
 /* Moves data as the owner, if nobody else does. */
 static void help(cl_engine *engine, const cl_operation *operation, double deadline_s)
 {
-    if (!try_lock(&engine->runtime->lock)) {
+    if (!cl_try_lock(&engine->runtime->lock)) {
         /* The owner may be past its last look at what was submitted lazily, and nobody has rung for it. */
         if (cl_engine_has_submissions(engine))
             engine->wake(engine);
@@ -662,11 +616,11 @@ int cl_engine_shutdown(cl_engine *engine, int32_t linger_ms)
     if (atomic_load_explicit(&engine->forked, memory_order_relaxed))
         return CL_FORKED;
     if (engine->runtime != NULL)
-        lock(&engine->runtime->ending); /* who comes second returns when the first is done */
+        cl_lock(&engine->runtime->ending); /* who comes second returns when the first is done */
     if (!atomic_load(&engine->ended))
         end(engine, linger_ms);
     if (engine->runtime != NULL)
-        unlock(&engine->runtime->ending);
+        cl_unlock(&engine->runtime->ending);
     return CL_OK;
 }
 

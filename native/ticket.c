@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "engine.h"
+#include "lock.h"
 
 /* One is being worked on while the next one's word travels; an urgent operation waits for no more than these. */
 enum { OUTSTANDING = 2 };
