@@ -155,6 +155,14 @@ static uint64_t window_of(const cl_engine *engine, const cl_peer *peer)
     return own > set ? own : set;
 }
 
+int cl_peer_send(cl_peer *peer, const cl_frame *frame, const void *payload)
+{
+    int status = peer->link->transport->send(peer->link, frame, payload);
+    if (status == CL_OK && peer->watched)
+        atomic_store_explicit(&peer->awake, true, memory_order_relaxed);
+    return status;
+}
+
 /* Posts the peer's most urgent send. False: there is none, or too much is posted, or the link takes no more now. */
 static bool pump_one(cl_engine *engine, cl_peer *peer)
 {
@@ -169,7 +177,7 @@ static bool pump_one(cl_engine *engine, cl_peer *peer)
     uint64_t *posted = &top.operation->posted[top.operation->plan->peer_of[top.step]];
     peer->posted_nbytes += frame.nbytes;
     *posted += frame.nbytes;
-    if (peer->link->transport->send(peer->link, &frame, payload) != CL_OK) {
+    if (cl_peer_send(peer, &frame, payload) != CL_OK) {
         peer->posted_nbytes -= frame.nbytes;
         *posted -= frame.nbytes;
         (void)cl_heap_push(&peer->ready, top); /* its place is still there */
@@ -338,15 +346,30 @@ void cl_engine_flush(cl_engine *engine)
     pump_all(engine);
 }
 
+static bool sleeps(cl_peer *peer)
+{
+    return peer->watched && !atomic_load_explicit(&peer->awake, memory_order_acquire);
+}
+
+/* The flag is cleared first: a descriptor that becomes ready meanwhile is looked at again. */
+static int progress_of(cl_peer *peer)
+{
+    if (peer->watched)
+        (void)atomic_exchange(&peer->awake, false);
+    int moved = peer->link->transport->progress(peer->link);
+    if (moved > 0 && peer->watched)
+        atomic_store_explicit(&peer->awake, true, memory_order_relaxed);
+    return moved;
+}
+
 int cl_engine_progress(cl_engine *engine)
 {
     int events = 0;
     for (int32_t r = 0; r < engine->size; r++) {
         cl_peer *peer = &engine->peers[r];
-        if (peer->link == NULL || peer->lost)
+        if (peer->link == NULL || peer->lost || sleeps(peer))
             continue;
-        int moved = peer->link->transport->progress(peer->link);
-        events += moved;
+        events += progress_of(peer);
         if (cl_outgoing_waits(peer) || peer->ready.count > 0)
             cl_engine_touch(engine, r); /* what was refused is offered again */
     }

@@ -188,6 +188,8 @@ typedef struct {
     cl_link *link; /* NULL: none, or closed */
     bool left, lost;
     bool dirty;           /* in the engine's list of peers to pump */
+    bool watched;         /* by epoll: progress of the link can do nothing while it is not awake */
+    atomic_bool awake;    /* its descriptor became ready, or something was sent */
     cl_heap ready;        /* granted sends */
     cl_outgoing_queue told; /* frames of the engine itself, before any data */
     cl_outgoing_queue leaving; /* of these, the ones whose payload the link is reading */
@@ -250,6 +252,8 @@ void cl_engine_attach(cl_engine *engine, int32_t peer, cl_link *link);
 void cl_engine_flush(cl_engine *engine);
 /* One round over all links, then a flush. Returns the number of events. */
 int cl_engine_progress(cl_engine *engine);
+/* The transport's send, remembering that the link now has something to do. */
+int cl_peer_send(cl_peer *peer, const cl_frame *frame, const void *payload);
 void cl_engine_tick(cl_engine *engine);
 bool cl_engine_has_submissions(cl_engine *engine);
 void cl_engine_touch(cl_engine *engine, int32_t peer);

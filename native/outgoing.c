@@ -116,7 +116,7 @@ void cl_engine_tell_all(cl_engine *engine, const cl_frame *frame, const void *pa
 
 static bool send_last_word(cl_engine *engine, cl_peer *peer, const cl_frame *frame, const void *payload, bool *owed)
 {
-    if (*owed && peer->link->transport->send(peer->link, frame, payload) != CL_OK)
+    if (*owed && cl_peer_send(peer, frame, payload) != CL_OK)
         return false;
     engine->stats.frames += *owed;
     *owed = false;
@@ -140,7 +140,7 @@ bool cl_outgoing_pump(cl_engine *engine, cl_peer *peer)
         bool carries = outgoing->frame.nbytes > 0;
         if (carries) /* before send: it may call sent at once */
             push(&peer->leaving, outgoing);
-        if (peer->link->transport->send(peer->link, &outgoing->frame, outgoing->payload) != CL_OK) {
+        if (cl_peer_send(peer, &outgoing->frame, outgoing->payload) != CL_OK) {
             if (carries)
                 take_out(&peer->leaving, outgoing);
             push_front(&peer->told, outgoing);

@@ -512,6 +512,7 @@ static void tcp_forked(cl_link *link)
 
 const cl_transport cl_tcp_transport = {
     .name = "tcp",
+    .edges = true,
     .send = tcp_send,
     .progress = tcp_progress,
     .arm = tcp_arm,

@@ -33,7 +33,9 @@ struct cl_runtime {
     atomic_int *sleeping;
     atomic_int own_sleeping; /* used where there is no shared memory */
     int doorbell, own_doorbell, epoll;
-    uint32_t *interest; /* per peer: what epoll waits for */
+    uint32_t *interest; /* per peer that is not watched by edges: what epoll waits for */
+    bool polls;   /* some link is looked at in memory, or through a library: that is cheap, and nothing else tells of arrivals */
+    bool watches; /* some link is watched by edges */
     pthread_t thread;
     bool running;
     bool ticks; /* some link wants to know the time */
@@ -76,103 +78,19 @@ static void ring_own(struct cl_runtime *runtime)
     cl_ring(runtime->sleeping, runtime->doorbell);
 }
 
-/* ---- owning -------------------------------------------------------------------------------------------------- */
+/* ---- descriptors --------------------------------------------------------------------------------------------- */
 
-static void tick_if_due(cl_engine *engine, double now_s)
+/* Sockets are watched by edges, for both directions at once: whoever sees one remembers it, the owner or not. */
+static int look(cl_engine *engine, struct epoll_event *events, int timeout_ms)
 {
-    struct cl_runtime *runtime = engine->runtime;
-    if (!runtime->ticks || now_s < runtime->next_tick_s)
-        return;
-    runtime->next_tick_s = now_s + 0.5e-3 * engine->settings.heartbeat_ms;
-    cl_engine_tick(engine);
-}
-
-static void drive_on(cl_engine *engine, const cl_operation *until, double deadline_s)
-{
-    double idle_since_s = 0, spin_s = 1e-6 * engine->settings.spin_us;
-    bool moved = true; /* the first look sets the clock */
-    for (uint32_t round = 1;; round++) {
-        int events = cl_engine_progress(engine);
-        if (until != NULL && atomic_load_explicit(&until->done, memory_order_relaxed))
-            return;
-        moved |= events > 0;
-        if (events == 0)
-            relax();
-        if (round % ROUNDS_PER_LOOK != 0)
-            continue;
-        double now_s = cl_engine_now(engine);
-        tick_if_due(engine, now_s);
-        if (now_s >= deadline_s || atomic_load_explicit(&engine->runtime->stopping, memory_order_relaxed))
-            return;
-        if (moved)
-            idle_since_s = now_s;
-        moved = false;
-        bool waiting = until != NULL || atomic_load_explicit(&engine->runtime->sleepers, memory_order_relaxed) > 0;
-        if (idle_since_s != now_s && (!waiting || now_s - idle_since_s >= spin_s))
-            return;
+    int count = epoll_wait(engine->runtime->epoll, events, MAX_EVENTS, timeout_ms);
+    for (int i = 0; i < count; i++) {
+        int64_t tag = (int64_t)events[i].data.u64;
+        if (tag != DOORBELL && engine->peers[tag].watched)
+            atomic_store_explicit(&engine->peers[tag].awake, true, memory_order_release);
     }
+    return count;
 }
-
-/*
- * With the lock: everything that can be done now, and a short time longer while a caller waits; beside compute nobody polls.
- * A calling thread may flush denormals (a framework's setting); the kernels' bits must not depend on who drives.
- */
-static void drive(cl_engine *engine, const cl_operation *until, double deadline_s)
-{
-    uint64_t mode = cl_float_mode_enter();
-    if (until != NULL)
-        cl_engine_flush(engine); /* first, so that what has come for it already finds its place */
-    drive_on(engine, until, deadline_s);
-    if (cl_engine_pending(engine) > 0)
-        (void)cl_engine_progress(engine); /* what the last events queued leaves now, and not with the next wake-up */
-    cl_float_mode_restore(mode);
-}
-
-static void update_interest(cl_engine *engine, int32_t peer)
-{
-    struct cl_runtime *runtime = engine->runtime;
-    cl_link *link = engine->peers[peer].link;
-    uint32_t events = 0;
-    int descriptor = link->transport->pollfd(link, &events);
-    if (descriptor < 0 || events == runtime->interest[peer])
-        return;
-    struct epoll_event event = {.events = events, .data.u64 = (uint64_t)(int64_t)peer};
-    int change = runtime->interest[peer] == 0 ? EPOLL_CTL_ADD : EPOLL_CTL_MOD;
-    if (epoll_ctl(runtime->epoll, change, descriptor, &event) == 0)
-        runtime->interest[peer] = events;
-}
-
-/* Nothing here waits for a peer, nor a peer for more than what lies in its ring. */
-static bool is_idle(cl_engine *engine)
-{
-    return !engine->runtime->sockets && atomic_load_explicit(&engine->unfinished, memory_order_relaxed) == 0 &&
-           cl_engine_pending(engine) == 0;
-}
-
-/* True: whatever happens next rings the doorbell or wakes epoll. False: there is more to do now. */
-static bool arm(cl_engine *engine)
-{
-    bool quiet = true;
-    atomic_store(engine->runtime->sleeping, is_idle(engine) ? CL_IDLE : CL_ASLEEP);
-    for (int32_t r = 0; r < engine->size; r++) {
-        cl_peer *peer = &engine->peers[r];
-        if (peer->link == NULL || peer->lost)
-            continue;
-        quiet &= peer->link->transport->arm(peer->link) == CL_OK;
-        update_interest(engine, r);
-    }
-    return quiet && !cl_engine_has_submissions(engine);
-}
-
-static void disarm(cl_engine *engine)
-{
-    atomic_store_explicit(engine->runtime->sleeping, CL_AWAKE, memory_order_relaxed);
-    for (int32_t r = 0; r < engine->size; r++)
-        if (engine->peers[r].link != NULL && !engine->peers[r].lost)
-            engine->peers[r].link->transport->disarm(engine->peers[r].link);
-}
-
-/* ---- the thread ---------------------------------------------------------------------------------------------- */
 
 /* A dead process may have said its last words: they are read first, since a goodbye makes its death no failure. */
 static void bury(cl_engine *engine, int32_t rank)
@@ -209,11 +127,141 @@ static void on_event(cl_engine *engine, int64_t tag)
     if (tag == DOORBELL)
         while (read(engine->runtime->doorbell, &count, sizeof count) < 0 && errno == EINTR)
             ;
+    else if (engine->peers[tag].watched)
+        return;
     else if (cl_shm_pidfd(engine->peers[tag].link) >= 0)
         on_death(engine, (int32_t)tag);
     else if (engine->peers[tag].lost)
         stop_polling(engine, (int32_t)tag);
 }
+
+static void on_events(cl_engine *engine, const struct epoll_event *events, int count)
+{
+    for (int i = 0; i < count; i++)
+        on_event(engine, (int64_t)events[i].data.u64);
+}
+
+/* As the owner: what has become ready by now. Returns how much. */
+static int look_now(cl_engine *engine)
+{
+    struct epoll_event events[MAX_EVENTS];
+    int count = look(engine, events, 0);
+    on_events(engine, events, count);
+    return count;
+}
+
+/* ---- owning -------------------------------------------------------------------------------------------------- */
+
+static void tick_if_due(cl_engine *engine, double now_s)
+{
+    struct cl_runtime *runtime = engine->runtime;
+    if (!runtime->ticks || now_s < runtime->next_tick_s)
+        return;
+    runtime->next_tick_s = now_s + 0.5e-3 * engine->settings.heartbeat_ms;
+    cl_engine_tick(engine);
+}
+
+/* Whether to look once more now that nothing moved: at descriptors once, at memory for as long as that is cheap. */
+static bool looks_again(cl_engine *engine)
+{
+    if (!engine->runtime->polls)
+        return look_now(engine) > 0;
+    relax();
+    return true;
+}
+
+static void drive_on(cl_engine *engine, const cl_operation *until, double deadline_s)
+{
+    double idle_since_s = 0, spin_s = 1e-6 * engine->settings.spin_us;
+    bool moved = true; /* the first look sets the clock */
+    for (uint32_t round = 1;; round++) {
+        int events = cl_engine_progress(engine);
+        if (until != NULL && atomic_load_explicit(&until->done, memory_order_relaxed))
+            return;
+        moved |= events > 0;
+        if (events == 0 && !looks_again(engine))
+            return;
+        if (round % ROUNDS_PER_LOOK != 0)
+            continue;
+        if (engine->runtime->watches && engine->runtime->polls)
+            (void)look_now(engine); /* the thread may be waiting for us to leave */
+        double now_s = cl_engine_now(engine);
+        tick_if_due(engine, now_s);
+        if (now_s >= deadline_s || atomic_load_explicit(&engine->runtime->stopping, memory_order_relaxed))
+            return;
+        if (moved)
+            idle_since_s = now_s;
+        moved = false;
+        bool waiting = until != NULL || atomic_load_explicit(&engine->runtime->sleepers, memory_order_relaxed) > 0;
+        if (idle_since_s != now_s && (!waiting || now_s - idle_since_s >= spin_s))
+            return;
+    }
+}
+
+/*
+ * With the lock: everything that can be done now, and a short time longer while a caller waits; beside compute nobody polls.
+ * A calling thread may flush denormals (a framework's setting); the kernels' bits must not depend on who drives.
+ */
+static void drive(cl_engine *engine, const cl_operation *until, double deadline_s)
+{
+    uint64_t mode = cl_float_mode_enter();
+    if (until != NULL)
+        cl_engine_flush(engine); /* first, so that what has come for it already finds its place */
+    if (engine->runtime->ticks)
+        tick_if_due(engine, cl_engine_now(engine));
+    drive_on(engine, until, deadline_s);
+    if (cl_engine_pending(engine) > 0)
+        (void)cl_engine_progress(engine); /* what the last events queued leaves now, and not with the next wake-up */
+    cl_float_mode_restore(mode);
+}
+
+static void update_interest(cl_engine *engine, int32_t peer)
+{
+    struct cl_runtime *runtime = engine->runtime;
+    cl_link *link = engine->peers[peer].link;
+    uint32_t events = 0;
+    int descriptor = link->transport->pollfd(link, &events);
+    if (descriptor < 0 || events == runtime->interest[peer])
+        return;
+    struct epoll_event event = {.events = events, .data.u64 = (uint64_t)(int64_t)peer};
+    int change = runtime->interest[peer] == 0 ? EPOLL_CTL_ADD : EPOLL_CTL_MOD;
+    if (epoll_ctl(runtime->epoll, change, descriptor, &event) == 0)
+        runtime->interest[peer] = events;
+}
+
+/* Nothing here waits for a peer, nor a peer for more than what lies in its ring. */
+static bool is_idle(cl_engine *engine)
+{
+    return !engine->runtime->sockets && atomic_load_explicit(&engine->unfinished, memory_order_relaxed) == 0 &&
+           cl_engine_pending(engine) == 0;
+}
+
+/* True: whatever happens next rings the doorbell or wakes epoll. False: there is more to do now. */
+static bool arm(cl_engine *engine)
+{
+    bool quiet = true;
+    atomic_store(engine->runtime->sleeping, is_idle(engine) ? CL_IDLE : CL_ASLEEP);
+    for (int32_t r = 0; r < engine->size; r++) {
+        cl_peer *peer = &engine->peers[r];
+        if (peer->link == NULL || peer->lost)
+            continue;
+        bool awake = peer->watched && atomic_load_explicit(&peer->awake, memory_order_acquire);
+        quiet &= peer->link->transport->arm(peer->link) == CL_OK && !awake;
+        if (!peer->watched)
+            update_interest(engine, r);
+    }
+    return quiet && !cl_engine_has_submissions(engine);
+}
+
+static void disarm(cl_engine *engine)
+{
+    atomic_store_explicit(engine->runtime->sleeping, CL_AWAKE, memory_order_relaxed);
+    for (int32_t r = 0; r < engine->size; r++)
+        if (engine->peers[r].link != NULL && !engine->peers[r].lost)
+            engine->peers[r].link->transport->disarm(engine->peers[r].link);
+}
+
+/* ---- the thread ---------------------------------------------------------------------------------------------- */
 
 static int sleep_ms(const cl_engine *engine)
 {
@@ -227,11 +275,10 @@ static void *run(void *argument)
     struct epoll_event events[MAX_EVENTS];
     bool quiet = false;
     while (!atomic_load_explicit(&runtime->stopping, memory_order_acquire)) {
-        int count = epoll_wait(runtime->epoll, events, MAX_EVENTS, quiet ? sleep_ms(engine) : 0);
+        int count = look(engine, events, quiet ? sleep_ms(engine) : 0);
         own(engine);
         disarm(engine);
-        for (int i = 0; i < count; i++)
-            on_event(engine, (int64_t)events[i].data.u64);
+        on_events(engine, events, count);
         drive(engine, NULL, 1e300);
         quiet = arm(engine);
         disown(engine);
@@ -239,24 +286,35 @@ static void *run(void *argument)
     return NULL;
 }
 
-/* Pidfds stay in epoll for good; sockets come and change with update_interest. */
+static int add_to_epoll(struct cl_runtime *runtime, int descriptor, uint32_t events, int64_t tag)
+{
+    struct epoll_event event = {.events = events, .data.u64 = (uint64_t)tag};
+    return epoll_ctl(runtime->epoll, EPOLL_CTL_ADD, descriptor, &event) == 0 ? CL_OK : CL_SYSTEM;
+}
+
+/* Pidfds and sockets stay in epoll for good; other descriptors come and change with update_interest. */
+static int watch_peer(struct cl_runtime *runtime, cl_peer *peer, int32_t rank)
+{
+    const cl_transport *transport = peer->link->transport;
+    uint32_t events;
+    int pidfd = cl_shm_pidfd(peer->link);
+    runtime->ticks |= transport->tick != NULL;
+    runtime->sockets |= transport != &cl_shm_transport;
+    runtime->watches |= transport->edges;
+    runtime->polls |= !transport->edges;
+    peer->watched = transport->edges;
+    if (transport->edges)
+        return add_to_epoll(runtime, transport->pollfd(peer->link, &events),
+                            EPOLLIN | EPOLLOUT | EPOLLRDHUP | (uint32_t)EPOLLET, rank);
+    return pidfd >= 0 ? add_to_epoll(runtime, pidfd, EPOLLIN, rank) : CL_OK;
+}
+
 static int watch(cl_engine *engine)
 {
-    struct cl_runtime *runtime = engine->runtime;
-    struct epoll_event event = {.events = EPOLLIN, .data.u64 = (uint64_t)(int64_t)DOORBELL};
-    if (epoll_ctl(runtime->epoll, EPOLL_CTL_ADD, runtime->doorbell, &event) != 0)
-        return CL_SYSTEM;
-    for (int32_t r = 0; r < engine->size; r++) {
-        cl_link *link = engine->peers[r].link;
-        if (link == NULL)
-            continue;
-        runtime->ticks |= link->transport->tick != NULL;
-        runtime->sockets |= link->transport != &cl_shm_transport;
-        event.data.u64 = (uint64_t)(int64_t)r;
-        int pidfd = cl_shm_pidfd(link);
-        if (pidfd >= 0 && epoll_ctl(runtime->epoll, EPOLL_CTL_ADD, pidfd, &event) != 0)
-            return CL_SYSTEM;
-    }
+    CL_TRY(add_to_epoll(engine->runtime, engine->runtime->doorbell, EPOLLIN, DOORBELL));
+    for (int32_t r = 0; r < engine->size; r++)
+        if (engine->peers[r].link != NULL)
+            CL_TRY(watch_peer(engine->runtime, &engine->peers[r], r));
     return CL_OK;
 }
 
@@ -581,7 +639,7 @@ static void flush_links(cl_engine *engine, double deadline_s)
 {
     const struct timespec pause = {0, 50000};
     while (cl_engine_pending(engine) > 0 && cl_engine_now(engine) < deadline_s)
-        if (cl_engine_progress(engine) == 0) {
+        if (cl_engine_progress(engine) == 0 && (engine->runtime == NULL || look_now(engine) == 0)) {
             bury_the_dead(engine); /* who reads nothing any more is not waited for */
             nanosleep(&pause, NULL); /* only at the end of a life: not worth arming */
         }

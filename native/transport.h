@@ -8,6 +8,7 @@
 #ifndef CL_TRANSPORT_H
 #define CL_TRANSPORT_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -82,6 +83,8 @@ typedef struct {
 
 typedef struct {
     const char *name;
+    /* The descriptor of pollfd is for good, and tells of everything: progress does nothing until it becomes ready again. */
+    bool edges;
     /*
      * Takes a frame to be sent after all earlier ones. The frame is copied; `payload` (frame->nbytes bytes, or NULL in a
      * timing-only simulation) must stay until sent() or forget().
