@@ -26,9 +26,11 @@ from peers import HERE
 from record import recorded
 
 from commlib import models
+from commlib.secret import new_secret
 from commlib.schedule import LayerTime, backward_overlap_step_time, ideal_step_time, no_overlap_step_time
 
 PORTS = (29621, 29622)
+SECRET = new_secret()
 BOUNDS = {"ours": ideal_step_time, "backward": backward_overlap_step_time, "none": no_overlap_step_time}
 START_S = 120.0  # 64 interpreters on two cores, and torch in each
 
@@ -77,7 +79,8 @@ def environment(cluster, rank, hosts):
     return {
         **inherited, "COMMLIB_RANK": str(rank), "COMMLIB_SIZE": str(hosts), "COMMLIB_LOCAL_RANK": "0", "COMMLIB_LOCAL_SIZE": "1",
         "COMMLIB_CROSS_RANK": str(rank), "COMMLIB_CROSS_SIZE": str(hosts), "COMMLIB_STORE": f"{cluster.address(0)}:{PORTS[0]}",
-        "COMMLIB_STORE_OWNER": "rank 0", "COMMLIB_JOB": "scaling", "COMMLIB_START_TIMEOUT_S": str(START_S),
+        "COMMLIB_STORE_OWNER": "rank 0", "COMMLIB_JOB": "scaling", "COMMLIB_SECRET": SECRET,
+        "COMMLIB_START_TIMEOUT_S": str(START_S),
         "BENCHMARK_STORE": f"tcp://{cluster.address(0)}:{PORTS[1]}", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }  # fmt: skip
@@ -103,7 +106,8 @@ def show(entry):
     print(f"{entry['model']} on {entry['hosts']} hosts, {entry['rate_mbit']} Mbit/s, compute {entry['compute_s']:.3f} s, "
           f"{entry['nbytes'] / 1e6:.1f} MB of gradients")  # fmt: skip
     for name, bound_s in entry["bounds_s"].items():
-        print(f"  {'bound: ' + name:<24} {bound_s:8.3f} s  {bound_s / ideal_s:6.3f}  speed-up {entry['speed_up_of_1_s'] / bound_s:6.2f}")
+        print(f"  {'bound: ' + name:<24} {bound_s:8.3f} s  {bound_s / ideal_s:6.3f}  speed-up "
+              f"{entry['speed_up_of_1_s'] / bound_s:6.2f}")  # fmt: skip
     for mover, schedules in entry["steps_s"].items():
         for name, by_rank in schedules.items():
             step_s = median_step_s(by_rank)
