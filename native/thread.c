@@ -6,43 +6,21 @@
  * the thread. Before the owner leaves, the engine is armed: what comes later rings the doorbell, so nobody polls.
  */
 #define _GNU_SOURCE
-#include <errno.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <time.h>
 #include <unistd.h>
 
-#include "engine.h"
 #include "lock.h"
+#include "runtime.h"
 
 enum {
-    MAX_EVENTS = 64,
     RUN_SLICE_MS = 100, /* so long cl_run_at waits */
-    ROUNDS_PER_LOOK = 8, /* a look at the clock costs as much as a round in which nothing happens */
-    DOORBELL = -1 /* among epoll's tags, which else are peers */
-};
-
-struct cl_runtime {
-    atomic_int lock;   /* who holds it owns the engine */
-    atomic_int ending; /* held through the whole of a shutdown */
-    atomic_int *sleeping;
-    atomic_int own_sleeping; /* used where there is no shared memory */
-    int doorbell, own_doorbell, epoll;
-    uint32_t *interest; /* per peer that is not watched by edges: what epoll waits for */
-    bool polls;   /* some link is looked at in memory, or through a library: that is cheap, and nothing else tells of arrivals */
-    bool watches; /* some link is watched by edges */
-    pthread_t thread;
-    bool running;
-    bool ticks; /* some link wants to know the time */
-    atomic_int sleepers; /* callers that sleep until an operation is done */
-    bool sockets; /* some link is polled by epoll, and not woken by a flag */
-    double next_tick_s;
-    atomic_int stopping; /* the thread is to end; links are closed after it */
+    ROUNDS_PER_LOOK = 8 /* a look at the clock costs as much as a round in which nothing happens */
 };
 
 static void relax(void)
@@ -78,78 +56,6 @@ static void ring_own(struct cl_runtime *runtime)
     cl_ring(runtime->sleeping, runtime->doorbell);
 }
 
-/* ---- descriptors --------------------------------------------------------------------------------------------- */
-
-/* Sockets are watched by edges, for both directions at once: whoever sees one remembers it, the owner or not. */
-static int look(cl_engine *engine, struct epoll_event *events, int timeout_ms)
-{
-    int count = epoll_wait(engine->runtime->epoll, events, MAX_EVENTS, timeout_ms);
-    for (int i = 0; i < count; i++) {
-        int64_t tag = (int64_t)events[i].data.u64;
-        if (tag != DOORBELL && engine->peers[tag].watched)
-            atomic_store_explicit(&engine->peers[tag].awake, true, memory_order_release);
-    }
-    return count;
-}
-
-/* A dead process may have said its last words: they are read first, since a goodbye makes its death no failure. */
-static void bury(cl_engine *engine, int32_t rank)
-{
-    cl_peer *peer = &engine->peers[rank];
-    while (!peer->lost && peer->link->transport->progress(peer->link) > 0)
-        ;
-    cl_engine_lost(engine, rank, "its process died", true);
-}
-
-static void on_death(cl_engine *engine, int32_t rank)
-{
-    cl_link *link = engine->peers[rank].link;
-    if (link == NULL)
-        return;
-    epoll_ctl(engine->runtime->epoll, EPOLL_CTL_DEL, cl_shm_pidfd(link), NULL);
-    bury(engine, rank);
-}
-
-static void stop_polling(cl_engine *engine, int32_t rank)
-{
-    uint32_t events;
-    cl_link *link = engine->peers[rank].link;
-    int descriptor = link == NULL ? -1 : link->transport->pollfd(link, &events);
-    if (descriptor >= 0 && engine->runtime->interest[rank] != 0) {
-        epoll_ctl(engine->runtime->epoll, EPOLL_CTL_DEL, descriptor, NULL);
-        engine->runtime->interest[rank] = 0;
-    }
-}
-
-static void on_event(cl_engine *engine, int64_t tag)
-{
-    uint64_t count;
-    if (tag == DOORBELL)
-        while (read(engine->runtime->doorbell, &count, sizeof count) < 0 && errno == EINTR)
-            ;
-    else if (engine->peers[tag].watched)
-        return;
-    else if (cl_shm_pidfd(engine->peers[tag].link) >= 0)
-        on_death(engine, (int32_t)tag);
-    else if (engine->peers[tag].lost)
-        stop_polling(engine, (int32_t)tag);
-}
-
-static void on_events(cl_engine *engine, const struct epoll_event *events, int count)
-{
-    for (int i = 0; i < count; i++)
-        on_event(engine, (int64_t)events[i].data.u64);
-}
-
-/* As the owner: what has become ready by now. Returns how much. */
-static int look_now(cl_engine *engine)
-{
-    struct epoll_event events[MAX_EVENTS];
-    int count = look(engine, events, 0);
-    on_events(engine, events, count);
-    return count;
-}
-
 /* ---- owning -------------------------------------------------------------------------------------------------- */
 
 static void tick_if_due(cl_engine *engine, double now_s)
@@ -165,7 +71,7 @@ static void tick_if_due(cl_engine *engine, double now_s)
 static bool looks_again(cl_engine *engine)
 {
     if (!engine->runtime->polls)
-        return look_now(engine) > 0;
+        return cl_look_now(engine) > 0;
     relax();
     return true;
 }
@@ -184,7 +90,7 @@ static void drive_on(cl_engine *engine, const cl_operation *until, double deadli
         if (round % ROUNDS_PER_LOOK != 0)
             continue;
         if (engine->runtime->watches && engine->runtime->polls)
-            (void)look_now(engine); /* the thread may be waiting for us to leave */
+            (void)cl_look_now(engine); /* the thread may be waiting for us to leave */
         double now_s = cl_engine_now(engine);
         tick_if_due(engine, now_s);
         if (now_s >= deadline_s || atomic_load_explicit(&engine->runtime->stopping, memory_order_relaxed))
@@ -215,20 +121,6 @@ static void drive(cl_engine *engine, const cl_operation *until, double deadline_
     cl_float_mode_restore(mode);
 }
 
-static void update_interest(cl_engine *engine, int32_t peer)
-{
-    struct cl_runtime *runtime = engine->runtime;
-    cl_link *link = engine->peers[peer].link;
-    uint32_t events = 0;
-    int descriptor = link->transport->pollfd(link, &events);
-    if (descriptor < 0 || events == runtime->interest[peer])
-        return;
-    struct epoll_event event = {.events = events, .data.u64 = (uint64_t)(int64_t)peer};
-    int change = runtime->interest[peer] == 0 ? EPOLL_CTL_ADD : EPOLL_CTL_MOD;
-    if (epoll_ctl(runtime->epoll, change, descriptor, &event) == 0)
-        runtime->interest[peer] = events;
-}
-
 /* Nothing here waits for a peer, nor a peer for more than what lies in its ring. */
 static bool is_idle(cl_engine *engine)
 {
@@ -248,7 +140,7 @@ static bool arm(cl_engine *engine)
         bool awake = peer->watched && atomic_load_explicit(&peer->awake, memory_order_acquire);
         quiet &= peer->link->transport->arm(peer->link) == CL_OK && !awake;
         if (!peer->watched)
-            update_interest(engine, r);
+            cl_watch_for_sleep(engine, r);
     }
     return quiet && !cl_engine_has_submissions(engine);
 }
@@ -272,50 +164,18 @@ static void *run(void *argument)
 {
     cl_engine *engine = argument;
     struct cl_runtime *runtime = engine->runtime;
-    struct epoll_event events[MAX_EVENTS];
+    struct epoll_event events[CL_MAX_EVENTS];
     bool quiet = false;
     while (!atomic_load_explicit(&runtime->stopping, memory_order_acquire)) {
-        int count = look(engine, events, quiet ? sleep_ms(engine) : 0);
+        int count = cl_look(engine, events, quiet ? sleep_ms(engine) : 0);
         own(engine);
         disarm(engine);
-        on_events(engine, events, count);
+        cl_on_events(engine, events, count);
         drive(engine, NULL, 1e300);
         quiet = arm(engine);
         disown(engine);
     }
     return NULL;
-}
-
-static int add_to_epoll(struct cl_runtime *runtime, int descriptor, uint32_t events, int64_t tag)
-{
-    struct epoll_event event = {.events = events, .data.u64 = (uint64_t)tag};
-    return epoll_ctl(runtime->epoll, EPOLL_CTL_ADD, descriptor, &event) == 0 ? CL_OK : CL_SYSTEM;
-}
-
-/* Pidfds and sockets stay in epoll for good; other descriptors come and change with update_interest. */
-static int watch_peer(struct cl_runtime *runtime, cl_peer *peer, int32_t rank)
-{
-    const cl_transport *transport = peer->link->transport;
-    uint32_t events;
-    int pidfd = cl_shm_pidfd(peer->link);
-    runtime->ticks |= transport->tick != NULL;
-    runtime->sockets |= transport != &cl_shm_transport;
-    runtime->watches |= transport->edges;
-    runtime->polls |= !transport->edges;
-    peer->watched = transport->edges;
-    if (transport->edges)
-        return add_to_epoll(runtime, transport->pollfd(peer->link, &events),
-                            EPOLLIN | EPOLLOUT | EPOLLRDHUP | (uint32_t)EPOLLET, rank);
-    return pidfd >= 0 ? add_to_epoll(runtime, pidfd, EPOLLIN, rank) : CL_OK;
-}
-
-static int watch(cl_engine *engine)
-{
-    CL_TRY(add_to_epoll(engine->runtime, engine->runtime->doorbell, EPOLLIN, DOORBELL));
-    for (int32_t r = 0; r < engine->size; r++)
-        if (engine->peers[r].link != NULL)
-            CL_TRY(watch_peer(engine->runtime, &engine->peers[r], r));
-    return CL_OK;
 }
 
 static void wake_thread(cl_engine *engine)
@@ -372,7 +232,7 @@ int cl_engine_start(cl_engine *engine)
     if (runtime->interest == NULL)
         status = CL_NO_MEMORY;
     if (status == CL_OK)
-        status = watch(engine);
+        status = cl_watch(engine);
     if (status == CL_OK)
         status = start_thread(engine);
     if (status != CL_OK) {
@@ -631,7 +491,7 @@ static void bury_the_dead(cl_engine *engine)
         const cl_peer *peer = &engine->peers[r];
         struct pollfd process = {.fd = peer->link == NULL || peer->lost ? -1 : cl_shm_pidfd(peer->link), .events = POLLIN};
         if (process.fd >= 0 && poll(&process, 1, 0) > 0)
-            bury(engine, r);
+            cl_bury(engine, r);
     }
 }
 
@@ -639,7 +499,7 @@ static void flush_links(cl_engine *engine, double deadline_s)
 {
     const struct timespec pause = {0, 50000};
     while (cl_engine_pending(engine) > 0 && cl_engine_now(engine) < deadline_s)
-        if (cl_engine_progress(engine) == 0 && (engine->runtime == NULL || look_now(engine) == 0)) {
+        if (cl_engine_progress(engine) == 0 && (engine->runtime == NULL || cl_look_now(engine) == 0)) {
             bury_the_dead(engine); /* who reads nothing any more is not waited for */
             nanosleep(&pause, NULL); /* only at the end of a life: not worth arming */
         }
