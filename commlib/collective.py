@@ -19,6 +19,7 @@ from commlib.layout import Layout
 from commlib.names import Names
 from commlib.prepared import Prepared
 from commlib.reduction import Average
+from commlib.rendezvous_wire import spell_ranks
 from commlib.selection import MPI_OWN, select
 
 # These first tell each other their sizes, or check on every rank that all mean the same.
@@ -39,21 +40,30 @@ class Submitter:
         hosts: the host index of every rank.
         settings: the settings record that all ranks hold.
         group: the name of the group in the keys; equal on its ranks, different from other groups.
+        members: the ranks of the group, in its order; None: all.
+        flight: the engine's table of what is in flight, if there is one.
+
+    Attributes:
+        rank, size, members: this rank's place in the group, the number of its ranks, and these.
     """
 
     backend = "native"  # who moves the bytes
     handle_class = Handle
     prepares = True  # whether `prepare` is for its operations
 
-    def __init__(self, engine, hosts, settings, group="world"):
+    def __init__(self, engine, hosts, settings, group="world", members=None, flight=None):
         self.engine = engine
+        self.members = tuple(range(engine.size)) if members is None else tuple(members)
+        self.rank, self.size = self.members.index(engine.rank), len(self.members)
+        self._is_part = members is not None
+        self._parts = {}  # members -> how many groups of them were made
         self._layout = Layout(hosts)
-        self.flight = Flight(engine)
-        self._names = Names(group, KIND_CODES)
+        self.flight = flight or Flight(engine)
+        self._names = Names(group, KIND_CODES, self.size)
         self._lock = threading.Lock()
         self._plans = {}
         self._described = []  # names whose request is filled in
-        self._members = new_members(range(engine.size))
+        self._members = new_members(self.members)
         self.use_settings(settings)
 
     def use_settings(self, settings):
@@ -195,6 +205,17 @@ class Submitter:
             request.output = pointer_of(target)
         return Prepared(self, use, kind, request, (keep, source, target), result)
 
+    def part(self, members, hosts):
+        """What posts the operations of a group on the same engine, which moves their bytes whatever moves those of all ranks.
+
+        Args:
+            members: the ranks of the group, in its order.
+            hosts: the host index of each.
+        """
+        number = self._parts[tuple(members)] = self._parts.get(tuple(members), 0) + 1
+        name = f"{self._names.group}/{number} of {members}"
+        return Submitter(self.engine, hosts, self.settings, name, members, self.flight)
+
     def algorithm(self, kind, nbytes, overlapped=False):
         """What `selection` gives to an operation."""
         return select(kind, nbytes, self._layout.shape(kind, 0), self.settings, overlapped).algorithm
@@ -224,7 +245,8 @@ class Submitter:
         request = self._make_request(use)
         code, itemsize = DTYPES[dtype]
         plan, segment_count = self._plan(kind, count * itemsize, itemsize, max(root, 0), overlapped)
-        text = new_text(_text_of(kind, use.name, dtype, shape, op, root, scales, overlapped))
+        words = _text_of(kind, use.name, dtype, shape, op, self.members[root] if root >= 0 else root, scales, overlapped)
+        text = new_text(f"{words} among {spell_ranks(self.members)}" if self._is_part else words)
         offsets = new_offsets(parts) if parts is not None else None
         request.text, request.kind, request.dtype = text, KIND_CODES[kind], code
         request.reduction = op.code if op is not None else 0
@@ -232,14 +254,16 @@ class Submitter:
         request.priority = _priority(priority)
         request.shape_hash = zlib.crc32(repr((shape, overlapped)).encode())
         request.settings_hash = self._settings_hash
-        request.prescale, request.postscale = scales[0], scales[1] * share_of(op, dtype, self.engine.size)
+        request.prescale, request.postscale = scales[0], scales[1] * share_of(op, dtype, self.size)
         request.count = count
-        request.my_part = self.engine.rank
+        request.my_part = self.rank
         request.plan, request.segment_count = plan, segment_count
         if offsets is not None:
             request.parts = offsets
         if kind in _WITH_MEMBERS:
-            request.members, request.nmembers = self._members, self.engine.size
+            request.members, request.nmembers = self._members, self.size
+        if self._is_part:
+            request.listeners, request.nlisteners = self._members, self.size
         use.keep = (text, offsets, plan)
         use.signature = signature
 
@@ -261,14 +285,18 @@ class Submitter:
         """The engine's plan for an operation, made once per (kind, algorithm, root), and elements per segment."""
         if kind == "exchange":
             return NO_PLAN, 0
-        choice = select(kind, nbytes, self._layout.shape(kind, root), self.settings, overlapped)
+        shape = self._layout.shape(kind, root)
+        choice = select(kind, nbytes, shape, self.settings, overlapped)
+        if choice.algorithm == MPI_OWN and self._is_part:  # MPI's own collectives are those of all ranks
+            choice = select(kind, nbytes, shape, self.settings.replace(algorithms=(), table=()), overlapped)
         if choice.algorithm == MPI_OWN:
             raise ValueError("the settings choose MPI's own all-reduce, which is there only if init() was given a communicator "
                              "(comm=...) and these settings: force another algorithm, or none")  # fmt: skip
         key = (kind, choice.algorithm, root)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = native_plan(self._layout.plan(kind, choice.algorithm, self.engine.rank, root))
+            plan = self._layout.plan(kind, choice.algorithm, self.rank, root)
+            plan = self._plans[key] = native_plan(plan.relabelled(self.members) if self._is_part else plan)
         return plan, segment_elements(choice.segment_nbytes, itemsize)
 
 

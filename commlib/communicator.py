@@ -9,6 +9,7 @@ from functools import partial
 from commlib.buffer import Buffer, as_buffer, copy_into, ndarray, new_like, style_of, writable_buffer
 from commlib.collective import Submitter
 from commlib.control import Control
+from commlib.layout import checked_ranks
 from commlib.reduction import Average, check_op
 from commlib.results import Rows, exchanged, new_shared
 from commlib.timeline import Timeline
@@ -33,6 +34,7 @@ class Communicator:
         topology: a commlib.connect.Topology: who lives where.
         settings: the settings record that all ranks hold.
         submitter: what posts operations; None: the engine moves their bytes.
+        parent: the communicator of all ranks, if this one is a group's.
 
     Example:
         >>> import commlib, numpy
@@ -42,11 +44,13 @@ class Communicator:
         >>> commlib.shutdown()
     """
 
-    def __init__(self, engine, topology, settings, submitter=None):
+    def __init__(self, engine, topology, settings, submitter=None, parent=None):
         self._engine = engine
         self._submitter = submitter or Submitter(engine, topology.hosts, settings)
-        self.rank = engine.rank
-        self.size = engine.size
+        self._topology = topology
+        self.rank = self._submitter.rank
+        self.size = self._submitter.size
+        self.ranks = self._submitter.members
         self.local_rank = topology.local_rank
         self.local_size = topology.local_size
         self.cross_rank = topology.cross_rank
@@ -55,8 +59,8 @@ class Communicator:
         self.transports = topology.transports
         self.host_sizes = tuple(topology.hosts.count(host) for host in range(max(topology.hosts) + 1))
         self.control = Control(self.exchange, self.rank, self.size)
-        self.timeline = None
-        self._before_close = []
+        self._parent = parent
+        self._before_close = parent._before_close if parent else []
 
     # ---- allreduce -------------------------------------------------------------------------------------------
 
@@ -182,8 +186,7 @@ class Communicator:
 
         Args:
             array: contiguous, writable, of the same shape and dtype on all ranks.
-            root_rank: the rank whose array everybody gets.
-            name, priority: as for `allreduce_async_`.
+            root_rank: the rank whose array everybody gets; name, priority: as for `allreduce_async_`.
 
         Returns:
             A Handle; its wait() returns the array.
@@ -315,7 +318,31 @@ class Communicator:
         """
         return self._submitter.submit("exchange", name, as_buffer(payload), None, shape=_ANY, finish=exchanged).wait(timeout_s)
 
+    # ---- groups ----------------------------------------------------------------------------------------------
+
+    def group(self, ranks):
+        """A communicator of some of the ranks, on the same engine; nothing is communicated.
+
+        Each member calls it, and equally often: the n-th group of these ranks on one is the n-th on the others. Ranks,
+        roots and splits of its operations are counted within it, in the order given here.
+
+        Args:
+            ranks: of this communicator, this one among them; in the same order on every member.
+
+        Raises:
+            ValueError: no such ranks, one named twice, or this one is not among them.
+        """
+        places = checked_ranks(ranks, self.rank, self.size)
+        topology = self._topology.of(places, places.index(self.rank))
+        submitter = self._submitter.part([self.ranks[place] for place in places], topology.hosts)
+        return Communicator(self._engine, topology, self.settings, submitter, parent=self)
+
     # ---- life ------------------------------------------------------------------------------------------------
+
+    @property
+    def timeline(self):
+        """What is being recorded, if anything is: a Timeline."""
+        return self._submitter.flight.timeline
 
     @property
     def backend(self):
@@ -333,10 +360,6 @@ class Communicator:
 
     def algorithm(self, kind, nbytes, overlapped=False):
         """The name of the algorithm that an operation of this kind and size is given, "alone" with one rank.
-
-        Args:
-            kind: "allreduce", "broadcast", "allgather", "reducescatter", "alltoall" or "barrier".
-            nbytes, overlapped: of the operation.
 
         Example:
             >>> import commlib
@@ -364,7 +387,6 @@ class Communicator:
         """Called in a forked child, before anything else: gives up the engine, and touches nothing of the parent's."""
         self._engine.after_fork()
         self._submitter.after_fork()
-        self.timeline = None
 
     def stats(self):
         """What this rank has done so far: counts and bytes, a dict.
@@ -385,14 +407,14 @@ class Communicator:
         """
         if self.timeline is not None:
             raise ValueError(f"a timeline is being written to {self.timeline.path}: call stop_timeline() first")
-        self.timeline = self._submitter.flight.timeline = Timeline(path, self.rank)
+        self._submitter.flight.timeline = Timeline(path, self.rank)
 
     def stop_timeline(self, timeout_s=60.0):
         """Ends the timeline; every rank calls it, and rank 0 writes one file that shows all of them."""
         timeline = self.timeline
         if timeline is not None:
             self._submitter.flight.sweep()
-            self.timeline = self._submitter.flight.timeline = None
+            self._submitter.flight.timeline = None
             timeline.finish(partial(self.exchange, name="timeline", timeout_s=timeout_s))
 
     def on_close(self, callback):
@@ -409,7 +431,9 @@ class Communicator:
         self._before_close.append(callback)
 
     def close(self):
-        """Leaves the group. What is in flight fails with ShutdownError; other ranks learn that this one left."""
+        """Leaves the other ranks. What is in flight fails with ShutdownError, and they learn of it. Nothing if it is a group's."""
+        if self._parent:
+            return
         while self._before_close and not self._engine.forked:
             self._before_close.pop()()
         if self.timeline is not None and not self._engine.forked:

@@ -90,6 +90,12 @@ class Topology:
         """Whether all hosts have equally many ranks."""
         return len({self.hosts.count(host) for host in set(self.hosts)}) == 1
 
+    def of(self, ranks: Sequence[int], rank: int) -> Topology:
+        """The topology of some of the ranks, in this order, as the one of them at place `rank` sees it."""
+        facts = [{"host": self.hosts[r], "name": self.names[r]} for r in ranks]
+        transports = {place: self.transports[r] for place, r in enumerate(ranks) if r in self.transports}
+        return _derived(facts, transports, rank)
+
 
 def connect(placement: Placement, store: Store, endpoint: Endpoint, transport: str = "auto",
             library: Optional[Library] = None) -> Topology:
@@ -398,18 +404,24 @@ def _attach_tcp(sockets: Dict[int, socket.socket], endpoint: Endpoint) -> None:
 # ---- topology ----------------------------------------------------------------------------------------------------
 
 def _topology(placement: Placement, facts: Sequence[dict], transports: Dict[int, str]) -> Topology:
+    return _derived(facts, transports, placement.rank, placement.local_rank, placement.local_size, placement.cross_rank,
+                    placement.cross_size)
+
+
+def _derived(facts: Sequence[dict], transports: Dict[int, str], rank: int, local_rank: Optional[int] = None,
+             local_size: Optional[int] = None, cross_rank: Optional[int] = None,
+             cross_size: Optional[int] = None) -> Topology:
     identities = [fact["host"] for fact in facts]
     order = list(dict.fromkeys(identities))
     hosts = tuple(order.index(identity) for identity in identities)
-    rank = placement.rank
-    local_rank = _given(placement.local_rank, hosts[:rank].count(hosts[rank]))
+    local_rank = _given(local_rank, hosts[:rank].count(hosts[rank]))
     sizes = [hosts.count(host) for host in range(len(order))]
     having = [host for host, size in enumerate(sizes) if size > local_rank] or [hosts[rank]]
     return Topology(
         hosts, tuple(fact["name"] for fact in facts), transports, local_rank,
-        _given(placement.local_size, sizes[hosts[rank]]),
-        _given(placement.cross_rank, having.index(hosts[rank]) if hosts[rank] in having else 0),
-        _given(placement.cross_size, len(having)),
+        _given(local_size, sizes[hosts[rank]]),
+        _given(cross_rank, having.index(hosts[rank]) if hosts[rank] in having else 0),
+        _given(cross_size, len(having)),
     )
 
 

@@ -247,11 +247,11 @@ class Engine:
         if not self.forked:
             lib.cl_operation_release(operation)
 
-    def result(self, operation):
+    def result(self, operation, nmembers):
         """(address, count, every member's count) of the result of a kind that allocates it; it goes with the operation."""
         address, count, counts = ffi.new("void **"), ffi.new("uint64_t *"), ffi.new("uint64_t **")
         _check(lib.cl_operation_result(operation, address, count, counts))
-        members = [] if counts[0] == ffi.NULL else ffi.unpack(counts[0], self.size)
+        members = [] if counts[0] == ffi.NULL else ffi.unpack(counts[0], nmembers)
         return int(ffi.cast("uintptr_t", address[0])), count[0], members
 
 

@@ -75,7 +75,7 @@ class Handle:
 
     def result_memory(self):
         """What Engine.result says; the memory lives as long as the handle."""
-        return self._engine.result(self.operation)
+        return self._engine.result(self.operation, self._use.nmembers)
 
     def _let_go(self):
         """The engine touches no memory of the operation any more."""

@@ -4,6 +4,8 @@ Launchers may place ranks round robin; then kinds whose result depends on no ran
 broadcast, barrier) are planned over virtual ranks and relabelled, and the others see hosts of one rank each.
 """
 
+from operator import index
+
 from commlib import algorithms
 from commlib.plan import Plan, Shape
 from commlib.selection import ALONE
@@ -51,3 +53,25 @@ def _plan_alone(kind):
     """A group of one moves nothing; all-to-all still has its two chunk ranges."""
     inputs = 1 if kind == "alltoall" else 0
     return Plan(0, 1 + inputs, inputs, ())
+
+
+def checked_ranks(ranks, rank, size):
+    """The ranks of a group as a list of ints.
+
+    Args:
+        ranks: what the user gave.
+        rank, size: this rank, and the number of those that the group is made of.
+
+    Raises:
+        ValueError: not at least one of the ranks in [0, size), one twice, or this one is not among them.
+        TypeError: not a sequence of ints.
+    """
+    try:
+        checked = [index(member) for member in ranks]
+    except TypeError:
+        raise TypeError(f"the ranks of a group are a sequence of ints, not {ranks!r}") from None
+    if not checked or len(set(checked)) != len(checked) or min(checked) < 0 or max(checked) >= size:
+        raise ValueError(f"a group needs ranks in [0, {size}), each once, not {checked}")
+    if rank not in checked:
+        raise ValueError(f"rank {rank} is not in the group of ranks {checked}: only its members make it and use it")
+    return checked

@@ -25,12 +25,14 @@ def key_of_use(base, use):
 class Use:
     """What is remembered of one name of one kind: how often it was used, and what it asked for last.
 
-    `request` and `signature` belong to whoever submits: a repeated call fills in only what changed.
+    `nmembers` is how many ranks its operations have. `request` and `signature` belong to whoever submits: a repeated call
+    fills in only what changed.
     """
 
-    __slots__ = ("base", "name", "count", "handle", "request", "signature", "keep", "wish", "dtype", "shape")
+    __slots__ = ("base", "name", "count", "handle", "request", "signature", "keep", "wish", "dtype", "shape", "nmembers")
 
-    def __init__(self, group, kind, name):
+    def __init__(self, group, kind, name, nmembers):
+        self.nmembers = nmembers
         self.base = base_key(group, kind, name)
         self.name = name
         self.count = 0
@@ -52,12 +54,19 @@ class Use:
 
 
 class Names:
-    """All names that one communicator has used, per kind."""
+    """All names that one communicator has used, per kind.
 
-    __slots__ = ("group", "_uses")
+    Args:
+        group: the name of its group, in the keys.
+        kinds: of operations.
+        nmembers: how many ranks the group has.
+    """
 
-    def __init__(self, group, kinds):
+    __slots__ = ("group", "nmembers", "_uses")
+
+    def __init__(self, group, kinds, nmembers):
         self.group = group
+        self.nmembers = nmembers
         self._uses = {kind: {} for kind in kinds}
 
     def used(self, kind):
@@ -71,5 +80,5 @@ class Names:
         if use is None:
             if name is not None and type(name) is not str:
                 raise TypeError(f"the name of an operation is a string, not {type(name).__name__}")
-            use = uses.setdefault(name, Use(self.group, kind, name))  # another thread may be first
+            use = uses.setdefault(name, Use(self.group, kind, name, self.nmembers))  # another thread may be first
         return use

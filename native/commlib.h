@@ -201,6 +201,8 @@ typedef struct {
     int32_t nmembers;
     const uint64_t *splits;
     int32_t nsplits;
+    const int32_t *listeners; /* who hears that the operation failed: the ranks of a smaller group; NULL: all */
+    int32_t nlisteners;
 } cl_request;
 
 /*

@@ -312,7 +312,7 @@ void cl_control_fail_everywhere(cl_operation *operation, int status, int32_t bla
     cl_frame frame = {.key = operation->request.key, .type = CL_FRAME_FAIL, .step = (uint32_t)blamed, .arg = (uint64_t)status};
     frame.nbytes = (uint32_t)strlen(text);
     cl_operation_hold(operation); /* without memory to tell it, the engine is lost and fails it before we do */
-    cl_engine_tell_all(operation->engine, &frame, text);
+    cl_engine_tell_listeners(operation, &frame, text);
     cl_operation_fail(operation, status, blamed, text);
     cl_operation_release(operation);
 }

@@ -436,7 +436,7 @@ void cl_engine_leave(cl_engine *engine)
         cl_operation *operation = engine->first;
         cl_frame frame = {.key = operation->request.key, .type = CL_FRAME_FAIL, .arg = CL_PEER_LEFT,
                           .step = (uint32_t)engine->rank, .nbytes = (uint32_t)strlen(text)};
-        cl_engine_tell_all(engine, &frame, text);
+        cl_engine_tell_listeners(operation, &frame, text);
         cl_operation_fail(operation, CL_SHUTDOWN, engine->rank, "this communicator was shut down while it was in flight");
     }
     for (int32_t r = 0; r < engine->size; r++)

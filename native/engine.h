@@ -125,7 +125,7 @@ struct cl_operation {
     atomic_uchar *gates;         /* per segment, set by any thread */
     cl_engine *engine;
     struct cl_operation *previous, *next; /* the engine's list of posted operations */
-    cl_request request;          /* text, plan, splits, parts, members point to our copies */
+    cl_request request;          /* text, plan, splits, parts, members, listeners point to our copies */
     cl_meta meta;
     cl_plan *plan;
     uint64_t *chunk_first, *chunk_end; /* elements, per chunk, of uneven operations; NULL: equal parts */
@@ -340,7 +340,7 @@ void cl_incoming_drop(cl_engine *engine, const cl_operation *operation);
 /* outgoing.c: frames of the engine's own, before all data */
 /* Queues a frame; `payload` is copied. Without memory for it this engine is lost, and says so. */
 void cl_engine_tell(cl_engine *engine, int32_t peer, const cl_frame *frame, const void *payload);
-void cl_engine_tell_all(cl_engine *engine, const cl_frame *frame, const void *payload);
+void cl_engine_tell_listeners(const cl_operation *operation, const cl_frame *frame, const void *payload);
 /* Gives the link what is queued, then the last words. False: it takes no more now. */
 bool cl_outgoing_pump(cl_engine *engine, cl_peer *peer);
 bool cl_outgoing_waits(const cl_peer *peer);

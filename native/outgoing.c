@@ -105,11 +105,16 @@ void cl_engine_tell(cl_engine *engine, int32_t rank, const cl_frame *frame, cons
     cl_engine_touch(engine, rank);
 }
 
-void cl_engine_tell_all(cl_engine *engine, const cl_frame *frame, const void *payload)
+void cl_engine_tell_listeners(const cl_operation *operation, const cl_frame *frame, const void *payload)
 {
-    for (int32_t r = 0; r < engine->size; r++)
-        if (r != engine->rank && !engine->peers[r].left)
-            cl_engine_tell(engine, r, frame, payload);
+    cl_engine *engine = operation->engine;
+    const int32_t *listeners = operation->request.listeners;
+    int32_t count = listeners == NULL ? engine->size : operation->request.nlisteners;
+    for (int32_t l = 0; l < count; l++) {
+        int32_t rank = listeners == NULL ? l : listeners[l];
+        if (rank != engine->rank && !engine->peers[rank].left)
+            cl_engine_tell(engine, rank, frame, payload);
+    }
 }
 
 /* ---- sending ------------------------------------------------------------------------------------------------- */

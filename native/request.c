@@ -42,6 +42,9 @@ static bool ranks_exist(const cl_engine *engine, const cl_request *r)
     for (int32_t m = 0; m < r->nmembers; m++)
         if (r->members[m] < 0 || (r->members[m] != engine->rank) != is_other_rank(engine, r->members[m]))
             return false;
+    for (int32_t l = 0; l < r->nlisteners; l++)
+        if (r->listeners[l] < 0 || r->listeners[l] >= engine->size)
+            return false;
     return r->nmembers == 0 || r->members[r->my_part] == engine->rank;
 }
 
@@ -78,7 +81,7 @@ static bool request_is_sound(const cl_request *r)
         r->reduction >= CL_REDUCTION_END || r->text == NULL || needs_plan[r->kind] != (r->plan != NULL))
         return false;
     if (r->nmembers < 0 || (r->nmembers > 0) != (r->members != NULL) || r->nsplits < 0 ||
-        (r->nsplits > 0 && r->splits == NULL))
+        (r->nsplits > 0 && r->splits == NULL) || r->nlisteners < 0 || (r->nlisteners > 0) != (r->listeners != NULL))
         return false;
     bool exchanges = r->kind == CL_ALLGATHER || r->kind == CL_ALLTOALL || r->kind == CL_EXCHANGE || r->kind == CL_TICKET;
     if (exchanges && (r->members == NULL || r->gated || (r->parts != NULL && r->plan == NULL)))
@@ -201,6 +204,7 @@ static int copy_lists(cl_operation *operation, const cl_request *r)
     own->parts = NULL;
     own->members = NULL;
     own->splits = NULL;
+    own->listeners = NULL;
     if (r->kind == CL_BARRIER)
         own->count = 1; /* something must travel, or ranks that share no link never hear of each other */
     if (r->plan != NULL)
@@ -212,8 +216,10 @@ static int copy_lists(cl_operation *operation, const cl_request *r)
         own->members = copy_of(r->members, (size_t)r->nmembers * sizeof(int32_t));
     if (r->nsplits > 0)
         own->splits = copy_of(r->splits, (size_t)r->nsplits * sizeof(uint64_t));
+    if (r->listeners != NULL)
+        own->listeners = copy_of(r->listeners, (size_t)r->nlisteners * sizeof(int32_t));
     bool failed = (r->parts != NULL && own->parts == NULL) || (r->members != NULL && own->members == NULL) ||
-                  (r->nsplits > 0 && own->splits == NULL);
+                  (r->nsplits > 0 && own->splits == NULL) || (r->listeners != NULL && own->listeners == NULL);
     return failed ? CL_NO_MEMORY : CL_OK;
 }
 
@@ -308,6 +314,7 @@ void cl_operation_release(cl_operation *operation)
     free(operation->chunk_first);
     free(operation->member_counts);
     free(operation->memory);
+    free((void *)(uintptr_t)operation->request.listeners);
     free((void *)(uintptr_t)operation->request.splits);
     free((void *)(uintptr_t)operation->request.members);
     free((void *)(uintptr_t)operation->request.parts);

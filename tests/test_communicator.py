@@ -18,10 +18,10 @@ def test_keys_differ():
     keys = {base_key(group, kind, name) for group in ("world", "half") for kind in ("allreduce", "broadcast")
             for name in (None, "", "a", "=a", "a\0b")}  # fmt: skip
     assert len(keys) == 20
-    use = Use("world", "allreduce", "a")
+    use = Use("world", "allreduce", "a", 1)
     assert [use.next_key() for _ in range(3)] == [key_of_use(use.base, n) for n in range(3)]
     assert len({key_of_use(use.base, n) for n in range(100_000)}) == 100_000
-    assert Names("world", ["allreduce"]).use("allreduce", "a").base == use.base
+    assert Names("world", ["allreduce"], 1).use("allreduce", "a").base == use.base
 
 
 @pytest.mark.parametrize("dtype", ("int8", "uint8", "int32", "int64"))
