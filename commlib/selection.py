@@ -107,15 +107,13 @@ def _tabled(kind, nbytes, shape, settings, overlapped):
 
 
 def _cheapest(candidates, nbytes, shape, machine, overlapped):
-    """The first of the table that is cheap enough; it lists first what disturbs other operations least."""
+    """The cheapest; of overlapped ones the table's first, which disturbs other operations least, while it is cheap enough."""
     costs_s = {name: cost_s(module, shape, nbytes, machine) for name, module in candidates.items()}
-    least_s = min(costs_s.values())
-
-    def limit_s(module):
-        patient = overlapped and shape.hosts > 1 and nbytes >= _LEAST_CHUNK_NBYTES * module.nchunks(shape)
-        return _PATIENCE * least_s if patient else least_s
-
-    return next(name for name, module in candidates.items() if costs_s[name] <= limit_s(module))
+    cheapest, first = min(costs_s, key=costs_s.get), next(iter(candidates))
+    is_long = nbytes >= _LEAST_CHUNK_NBYTES * candidates[first].nchunks(shape)
+    if overlapped and shape.hosts > 1 and is_long and costs_s[first] <= _PATIENCE * costs_s[cheapest]:
+        return first
+    return cheapest
 
 
 def _segment_nbytes(nbytes, nchunks, shape, machine, settings):
@@ -127,6 +125,7 @@ def _segment_nbytes(nbytes, nchunks, shape, machine, settings):
     else:
         latency_nbytes = machine.between.alpha_s / machine.between.beta_s_per_byte
         shortest_chunk = _CHUNK_BETWEEN_NBYTES
+        longest = max(longest, shortest_chunk * nchunks)
     shortest = max(_CHUNK_LATENCIES * latency_nbytes, shortest_chunk) * nchunks
     wanted = int(max(nbytes / _SEGMENTS, shortest))
     power_of_two = 1 << max(wanted - 1, 0).bit_length()

@@ -44,7 +44,8 @@ class Settings:
         lost_ms: a tcp link silent for this long is lost, or one whose bytes are not acknowledged for this long; at least 3
             heartbeats.
         shm_ring_nbytes: bytes of one direction of one shared-memory link; a power of two.
-        segment_nbytes: the largest segment, the unit of pipelining and of preemption.
+        segment_nbytes: the largest segment, the unit of pipelining and of preemption; between hosts it may be longer with
+            many ranks, of which each has 32 KiB at least.
         uneven_nbytes: the size per rank that the choice of algorithm assumes where ranks cannot know the true one.
         transport: "auto" (shm inside a host; between hosts tcp, or mpi where init() was given a communicator), "shm", "tcp" or
             "mpi".

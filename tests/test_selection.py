@@ -85,7 +85,8 @@ def test_choice_is_cheapest_and_bounded(kind):
         assert choice == select(kind, nbytes, shape, settings)
         if shape.size == 1:
             continue
-        assert 0 < choice.segment_nbytes <= segment_nbytes
+        least_between = (32 << 10) * algorithms.algorithm(kind, choice.algorithm).nchunks(shape) if shape.hosts > 1 else 0
+        assert 0 < choice.segment_nbytes <= max(segment_nbytes, least_between)
         candidates = algorithms.applicable(kind, shape)
         size = settings.uneven_nbytes * shape.size if kind in ("allgather", "alltoall") else nbytes
         costs = {name: cost_s(module, shape, size, machine_of(settings)) for name, module in candidates.items()}
