@@ -20,7 +20,7 @@ BASELINE = "gloo"
 
 def load(folder):
     """{name of the benchmark: its record} of those that were run."""
-    names = ("allreduce", "latency", "torch_link", "torch_overhead", "torch_training")
+    names = ("allreduce", "latency", "torch_link", "torch_overhead", "torch_training", "scaling")
     paths = [folder / f"{name}.json" for name in names]
     return {path.stem: json.loads(path.read_text()) for path in paths if path.exists()}
 
@@ -131,7 +131,28 @@ def training_table(records):
     return "\n".join([f"Milliseconds per step. {about(record)}", "", *markdown(lines), "", *absences(record)]).rstrip()
 
 
+def scaling_table(records):
+    """Emulated clusters: every schedule beside the ideal."""
+    runs = records["scaling"]["runs"]
+    columns = list(dict.fromkeys((mover, schedule) for run in runs.values() for mover, schedules in run["steps_s"].items()
+                                 for schedule in schedules))  # fmt: skip
+    lines = [["model, hosts, links", "compute", "ideal", *(f"{mover}: {SCHEDULES[schedule]}" for mover, schedule in columns)]]
+    for name, run in runs.items():
+        ideal_s = run["bounds_s"]["ours"]
+        lines.append([name, milliseconds(run["compute_s"]), milliseconds(ideal_s)])
+        for mover, schedule in columns:
+            by_rank = run["steps_s"].get(mover, {}).get(schedule)
+            step_s = by_rank and max(map(statistics.median, by_rank))
+            lines[-1].append(f"{milliseconds(step_s)} ({step_s / ideal_s:.2f}x)" if step_s else "")
+    return "\n".join([*markdown(lines), "", "Milliseconds per step.", "", *about_runs(runs)])
+
+
+# As the schedules of emulated.py are called in tables.
+SCHEDULES = {"none": "no overlap", "backward": "overlaps backward, buckets", "unordered": "overlaps both, unordered",
+             "ours": "overlaps both, needed first"}  # fmt: skip
+
 TABLES = {
+    "scaling": ("scaling", scaling_table),
     "torch_link": ("torch_link", torch_link_table),
     "torch_overhead": ("torch_overhead", torch_overhead_table),
     "allreduce": ("allreduce", allreduce_table),
@@ -236,6 +257,31 @@ def draw(record, path):
     figure.savefig(path)
 
 
+def draw_scaling(record, path):
+    """Speed-up over the number of hosts, of runs whose hosts share one step's compute."""
+    from matplotlib.figure import Figure
+
+    runs = [run for run in record["runs"].values() if run["arguments"]["strong"]]
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    lines = {}
+    for run in sorted(runs, key=lambda run: run["hosts"]):
+        lines.setdefault("the ideal schedule", {})[run["hosts"]] = run["bounds_s"]["ours"]
+        for mover, of_mover in run["steps_s"].items():
+            for schedule, by_rank in of_mover.items():
+                lines.setdefault(f"{mover}: {SCHEDULES[schedule]}", {})[run["hosts"]] = max(map(statistics.median, by_rank))
+    for name, steps_s in lines.items():
+        total_s = runs[0]["arguments"]["compute_s"]
+        axes.plot(list(steps_s), [total_s / step_s for step_s in steps_s.values()], marker="o", markersize=3, label=name,
+                  linestyle="--" if "ideal" in name else "-")  # fmt: skip
+    axes.set(xlabel="hosts", ylabel="speed-up", title=f"{runs[0]['model']}, {runs[0]['rate_mbit']} Mbit/s")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
@@ -247,6 +293,9 @@ def main():
     if "allreduce" in records:
         draw(records["allreduce"], arguments.plots / "allreduce.svg")
         print(f"plot: {arguments.plots / 'allreduce.svg'}")
+    if "scaling" in records:
+        draw_scaling(records["scaling"], arguments.plots / "scaling.svg")
+        print(f"plot: {arguments.plots / 'scaling.svg'}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ overlapping backward only and nothing.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import pathlib
@@ -21,9 +20,10 @@ import time
 
 from cluster import Cluster
 from emulated import SCHEDULES
+from environments import versions
 from movers import MOVERS
 from peers import HERE
-from record import recorded
+from record import add_run
 
 from commlib import models
 from commlib.secret import new_secret
@@ -129,7 +129,7 @@ def run(arguments, name, hosts, cluster):
     step_s = compute_s(arguments, nbytes, hosts, cluster)
     times, bounds_s = bounds(layers, counts, step_s, hosts, cluster, arguments.forward_share)
     entry = {"model": name, "hosts": hosts, "rate_mbit": arguments.rate_mbit, "shrink": arguments.shrink, "nbytes": nbytes,
-             "compute_s": step_s, "bounds_s": bounds_s, "steps_s": {}, "cpu_share": {},
+             "compute_s": step_s, "versions": versions("commlib"), "bounds_s": bounds_s, "steps_s": {}, "cpu_share": {},
              "speed_up_of_1_s": step_s * hosts}  # fmt: skip
     for mover in arguments.movers:
         schedules = [schedule for schedule in arguments.schedules if schedule in MOVERS[mover].schedules]
@@ -158,11 +158,13 @@ def main():
     parser.add_argument("--name", default="commlib", help="prefix of the namespaces")
     parser.add_argument("--output", metavar="FILE", help="raw data, as JSON")
     arguments = parser.parse_args()
-    with recorded(arguments.output, ["commlib"], {}) if arguments.output else contextlib.nullcontext({}) as results:
-        results["scaling"] = []
-        for hosts in arguments.hosts:
-            with Cluster(hosts, arguments.rate_mbit, arguments.name) as cluster:
-                results["scaling"] += [run(arguments, name, hosts, cluster) for name in arguments.model]
+    for hosts in arguments.hosts:
+        with Cluster(hosts, arguments.rate_mbit, arguments.name) as cluster:
+            for name in arguments.model:
+                load = os.getloadavg()
+                entry = run(arguments, name, hosts, cluster)
+                if arguments.output:
+                    add_run(arguments.output, f"{name} on {hosts}, {arguments.rate_mbit} Mbit/s", arguments, load, entry)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,24 @@ def test_tables_of_training_steps():
     assert "| width 4 | 11.0 ms | +0.9%, +10.0 us per parameter |" in table
 
 
+def test_scaling_table():
+    about = {**ABOUT, "versions": {}}
+    steps = {"commlib": {"ours": [[1.1, 1.0, 1.1], [1.2, 0.9, 1.0]]}}
+    run = {**about, "compute_s": 0.8, "bounds_s": {"ours": 1.0}, "steps_s": steps}
+    table = plot.scaling_table({"scaling": {"runs": {"alexnet on 2, 100 Mbit/s": run}}})
+    assert "| alexnet on 2, 100 Mbit/s | 800.0 | 1,000.0 | 1,100.0 (1.10x) |" in table
+
+
+def test_emulated_messages_hold_every_gradient_once():
+    import emulated
+
+    counts = [[100, 5], [200_000], [], [7], [30_000_000, 9]]
+    for messages in (emulated.buckets(counts), emulated.groups(counts), emulated.buckets(counts, shrink=1000)):
+        assert sum(message.count for message in messages) == sum(map(sum, counts))
+    assert [message.needed for message in emulated.groups(counts)] == sorted(m.needed for m in emulated.groups(counts))
+    assert len(emulated.buckets(counts)) < len(emulated.buckets(counts, shrink=1000))
+
+
 def test_tables_land_between_their_markers(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- table: latency -->\nold\n<!-- end -->\nb\n")
