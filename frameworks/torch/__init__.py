@@ -15,13 +15,16 @@ from commlib import (
 from commlib.torch.collectives import (
     allgather, allreduce, allreduce_, alltoall, barrier, broadcast, broadcast_, reducescatter,
 )  # fmt: skip
-from commlib.torch.limits import Adasum, Compression, ProcessSet, global_process_set
+from commlib.torch.limits import Adasum, Compression
 from commlib.torch.operations import (
     allgather_async, allreduce_async, allreduce_async_, alltoall_async, broadcast_async, broadcast_async_, poll,
     reducescatter_async, synchronize,
 )  # fmt: skip
 from commlib.torch.launching import job_secret
 from commlib.torch.optimizer import DistributedOptimizer
+from commlib.torch.process_sets import (
+    ProcessSet, add_process_set, add_process_sets, global_process_set, remove_process_set,
+)  # fmt: skip
 from commlib.torch.state import allgather_object, broadcast_object, broadcast_optimizer_state, broadcast_parameters
 from commlib.torch.trace import trace_layers
 
@@ -33,19 +36,26 @@ def init(comm=None, process_sets=None, *, backend=None):
 
     Args:
         comm: an mpi4py communicator, or a list of ranks of MPI_COMM_WORLD; see commlib.init.
-        process_sets: accepted for Horovod's sake.
+        process_sets: a list of ProcessSet, the same on all ranks; or "dynamic": add_process_set may be called later, as it
+            may be in every case.
         backend: who moves the bytes: "native", commlib's own engine, or "gloo", torch.distributed's gloo under commlib's
             scheduler; None: COMMLIB_BACKEND, or "native". Equal on all ranks.
 
     Raises:
-        ValueError: process_sets was given: not supported yet; another backend is in use.
+        ValueError: on every rank: process_sets differ, or one comes twice, or they were given after the first call; another
+            backend is in use.
         StartError: a rank did not come in time.
     """
-    if process_sets:
-        raise ValueError("init(process_sets=...) is not supported yet: call init() without")
+    is_first = not commlib.is_initialized()
     communicator = commlib.init(backend=backend, backends={"gloo": _gloo_communicator}, secret=job_secret, comm=comm)
     if backend not in (None, communicator.backend):
         raise ValueError(f"commlib was initialized with backend={communicator.backend!r}: call shutdown() first")
+    try:
+        add_process_sets(process_sets)
+    except ValueError:
+        if is_first:
+            shutdown()
+        raise
 
 
 def _gloo_communicator(*args):
@@ -66,10 +76,10 @@ def start_timeline(file_path, mark_cycles=False):
 
 __all__ = [
     "Adasum", "Average", "CommlibError", "Compression", "DistributedOptimizer", "HorovodInternalError", "Max", "Min",
-    "ProcessSet", "Product", "Sum", "allgather", "allgather_async", "allgather_object", "allreduce", "allreduce_",
-    "allreduce_async", "allreduce_async_", "alltoall", "alltoall_async", "barrier", "broadcast", "broadcast_",
-    "broadcast_async", "broadcast_async_", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters",
-    "cross_rank", "cross_size", "global_process_set", "init", "is_homogeneous", "is_initialized", "local_rank",
-    "local_size", "poll", "rank", "reducescatter", "reducescatter_async", "shutdown", "size", "start_timeline",
-    "stop_timeline", "synchronize", "trace_layers",
+    "ProcessSet", "Product", "Sum", "add_process_set", "allgather", "allgather_async", "allgather_object", "allreduce",
+    "allreduce_", "allreduce_async", "allreduce_async_", "alltoall", "alltoall_async", "barrier", "broadcast",
+    "broadcast_", "broadcast_async", "broadcast_async_", "broadcast_object", "broadcast_optimizer_state",
+    "broadcast_parameters", "cross_rank", "cross_size", "global_process_set", "init", "is_homogeneous",
+    "is_initialized", "local_rank", "local_size", "poll", "rank", "reducescatter", "reducescatter_async",
+    "remove_process_set", "shutdown", "size", "start_timeline", "stop_timeline", "synchronize", "trace_layers",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 import commlib
 from commlib.torch import operations
+from commlib.torch.process_sets import communicator_of
 
 
 def is_needed(tensor):
@@ -24,8 +25,9 @@ class Allreduce(torch.autograd.Function):
         op = operations.op_of(average, op)
         if op not in (commlib.Average, commlib.Sum):
             raise ValueError(f"allreduce with op={op!r} is not differentiable: pass tensor.detach()")
-        ctx.arguments = {"op": op, "prescale_factor": prescale_factor, "postscale_factor": postscale_factor}
-        return operations.allreduce_async(tensor, None, name, process_set=process_set, **ctx.arguments).wait()
+        ctx.arguments = {"op": op, "prescale_factor": prescale_factor, "postscale_factor": postscale_factor,
+                         "process_set": process_set}  # fmt: skip
+        return operations.allreduce_async(tensor, None, name, **ctx.arguments).wait()
 
     @staticmethod
     @once_differentiable
@@ -38,13 +40,13 @@ class Broadcast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tensor, root_rank, name, process_set):
-        ctx.root_rank = root_rank
+        ctx.root_rank, ctx.process_set = root_rank, process_set
         return operations.broadcast_async(tensor, root_rank, name, process_set).wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        reduced = operations.allreduce_async(gradient, op=commlib.Average).wait()
+        reduced = operations.allreduce_async(gradient, op=commlib.Average, process_set=ctx.process_set).wait()
         return (reduced if commlib.rank() == ctx.root_rank else torch.zeros_like(reduced)), None, None, None
 
 
@@ -53,15 +55,16 @@ class Allgather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tensor, name, process_set):
-        ctx.nrows = tensor.shape[0] if tensor.dim() else 0
+        ctx.nrows, ctx.process_set = tensor.shape[0] if tensor.dim() else 0, process_set
         return operations.allgather_async(tensor, name, process_set).wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        reduced = operations.allreduce_async(gradient, op=commlib.Average).wait()
-        nrows = operations.allgather_async(torch.tensor([ctx.nrows])).wait().tolist()
-        return reduced.narrow(0, sum(nrows[: commlib.rank()]), ctx.nrows), None, None
+        reduced = operations.allreduce_async(gradient, op=commlib.Average, process_set=ctx.process_set).wait()
+        nrows = operations.allgather_async(torch.tensor([ctx.nrows]), process_set=ctx.process_set).wait().tolist()
+        place = communicator_of(ctx.process_set).rank
+        return reduced.narrow(0, sum(nrows[:place]), ctx.nrows), None, None
 
 
 class Reducescatter(torch.autograd.Function):
@@ -71,13 +74,14 @@ class Reducescatter(torch.autograd.Function):
     def forward(ctx, tensor, name, op, process_set, prescale_factor, postscale_factor):
         if op not in (commlib.Average, commlib.Sum):
             raise ValueError(f"reducescatter with op={op!r} is not differentiable: pass tensor.detach()")
-        ctx.factor = prescale_factor * postscale_factor / (commlib.size() if op is commlib.Average else 1)
+        size = communicator_of(process_set).size
+        ctx.factor, ctx.process_set = prescale_factor * postscale_factor / (size if op is commlib.Average else 1), process_set
         return operations.reducescatter_async(tensor, name, op, process_set, prescale_factor, postscale_factor).wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        return (operations.allgather_async(gradient).wait() * ctx.factor, *[None] * 5)
+        return (operations.allgather_async(gradient, process_set=ctx.process_set).wait() * ctx.factor, *[None] * 5)
 
 
 class Alltoall(torch.autograd.Function):
@@ -87,21 +91,24 @@ class Alltoall(torch.autograd.Function):
     def forward(ctx, tensor, splits, name, process_set):
         received, ctx.received_splits = operations.alltoall_async(tensor, splits, name, process_set).wait()
         ctx.mark_non_differentiable(ctx.received_splits)
+        ctx.process_set = process_set
         ctx.unsent = tensor.shape[0] - sum(splits)
         return received, ctx.received_splits
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient, _):
-        returned, _ = operations.alltoall_async(gradient, ctx.received_splits).wait()
+        returned, _ = operations.alltoall_async(gradient, ctx.received_splits, process_set=ctx.process_set).wait()
         return torch.cat([returned, returned.new_zeros(ctx.unsent, *returned.shape[1:])]), None, None, None
 
 
 def alltoall(tensor, splits, name, process_set):
     """The differentiable all-to-all; without splits, rows are shared evenly and only the tensor is returned."""
     if splits is not None:
-        return Alltoall.apply(tensor, torch.as_tensor(splits).tolist(), name, process_set)
-    size = commlib.size()
+        dtype = splits.dtype if isinstance(splits, torch.Tensor) else torch.int32
+        rows, received = Alltoall.apply(tensor, torch.as_tensor(splits).tolist(), name, process_set)
+        return rows, received.to(dtype)
+    size = communicator_of(process_set).size
     if not tensor.dim() or tensor.shape[0] % size:
         return operations.alltoall_async(tensor, None, name, process_set).wait()  # raises what is wrong
     return Alltoall.apply(tensor, [tensor.shape[0] // size] * size, name, process_set)[0]

@@ -5,17 +5,17 @@ All but the in-place ones are differentiable (autograd.py); operations.py has th
 
 import commlib
 from commlib.torch import autograd
-from commlib.torch.limits import Compression, check_compression, check_process_set, global_process_set
+from commlib.torch.limits import Compression, check_compression
 from commlib.torch.operations import (
     allgather_async, allreduce_async, allreduce_async_, alltoall_async, broadcast_async, broadcast_async_,
     reducescatter_async,
 )  # fmt: skip
+from commlib.torch.process_sets import communicator_of, global_process_set
 
 
 def barrier(process_set=global_process_set):
-    """Returns when all ranks have called it."""
-    check_process_set(process_set)
-    commlib.barrier()
+    """Returns when all ranks of the process set have called it."""
+    communicator_of(process_set).barrier()
 
 
 def allreduce(tensor, average=None, name=None, compression=Compression.none, op=None, prescale_factor=1.0,
@@ -29,6 +29,7 @@ def allreduce(tensor, average=None, name=None, compression=Compression.none, op=
         compression: Compression.none.
         op: Average (the default), Sum, Min, Max or Product.
         prescale_factor, postscale_factor: multiply each contribution, and the result.
+        process_set: the ranks that take part; others do not call it. Average divides by how many they are.
 
     Returns:
         A new tensor.
@@ -62,8 +63,8 @@ def broadcast(tensor, root_rank, name=None, process_set=global_process_set):
 
     Args:
         tensor: of the same shape and dtype on all ranks.
-        root_rank: whose values everybody gets.
-        name: as for `allreduce`.
+        root_rank: whose values everybody gets; its rank among all, also with a process set.
+        name, process_set: as for `allreduce`.
     """
     if autograd.is_needed(tensor):
         return autograd.Broadcast.apply(tensor, root_rank, name, process_set)

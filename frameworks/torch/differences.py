@@ -12,33 +12,34 @@ def told_by_all(exchange, name, mine):
     return [json.loads(payload) for payload in exchange(json.dumps(mine).encode(), name=name)]
 
 
-def check_alike(told, names):
+def check_alike(told, names, ranks):
     """Refuses to go on if ranks did different things that have to be alike.
 
     Args:
         told: every rank's record: "frozen", and after a step "steps" and "changed".
         names: of the gradients, by number.
+        ranks: of those who told it.
 
     Raises:
         RuntimeError: names two ranks and what to do.
     """
     if "steps" in told[0]:
-        _check_steps([one["steps"] for one in told])
-        _check_changed([one["changed"] for one in told])
-    _check_frozen([one["frozen"] for one in told], names)
+        _check_steps([one["steps"] for one in told], ranks)
+        _check_changed([one["changed"] for one in told], ranks)
+    _check_frozen([one["frozen"] for one in told], names, ranks)
 
 
-def _check_steps(steps):
+def _check_steps(steps, ranks):
     rank = next((rank for rank, made in enumerate(steps) if made != steps[0]), None)
     if rank is not None:
         raise RuntimeError(
-            f"ranks have made different numbers of steps, so their weights differ: rank 0 had made {steps[0]} and rank {rank} "
-            f"{steps[rank]}. A step must be skipped by all ranks or by none: after an exception on one rank it still has to "
-            "call step()"
+            f"ranks have made different numbers of steps, so their weights differ: rank {ranks[0]} had made {steps[0]} and rank "
+            f"{ranks[rank]} {steps[rank]}. A step must be skipped by all ranks or by none: after an exception on one rank it "
+            "still has to call step()"
         )
 
 
-def _check_frozen(frozen, names):
+def _check_frozen(frozen, names, ranks):
     sets = [set(numbers) for numbers in frozen]
     different = sorted(set.union(*sets) - set.intersection(*sets))
     if different:
@@ -46,16 +47,16 @@ def _check_frozen(frozen, names):
         there = next(rank for rank, numbers in enumerate(sets) if number in numbers)
         here = next(rank for rank, numbers in enumerate(sets) if number not in numbers)
         raise RuntimeError(
-            f"parameter {names[number]!r} is frozen on rank {there} (requires_grad is False) and trained on rank {here}, and so "
-            f"{len(different)} in all: call requires_grad_() on every rank, between the same two steps"
+            f"parameter {names[number]!r} is frozen on rank {ranks[there]} (requires_grad is False) and trained on rank "
+            f"{ranks[here]}, and so {len(different)} in all: call requires_grad_() on every rank, between the same two steps"
         )
 
 
-def _check_changed(changed):
+def _check_changed(changed, ranks):
     if any(changed) and not all(changed):
         raise RuntimeError(
-            f"rank {changed.index(True)} changed its reduced gradients before step() (clipping, unscaling) and rank "
-            f"{changed.index(False)} did not, so their weights differ: do it on every rank. A rank that called backward() for "
-            "no parameter has no gradients that it could change: give it some, with "
+            f"rank {ranks[changed.index(True)]} changed its reduced gradients before step() (clipping, unscaling) and rank "
+            f"{ranks[changed.index(False)]} did not, so their weights differ: do it on every rank. A rank that called "
+            "backward() for no parameter has no gradients that it could change: give it some, with "
             "(0 * sum(p.sum() for p in model.parameters())).backward()"
         )

@@ -242,7 +242,7 @@ class GradientExchange:
         """Every rank's record; all ranks call it after the same step, and are told the same error if the records differ."""
         told = told_by_all(self.communicator.exchange, f"{self.prefix}{what} of {self.gradients[0].name}", mine)
         try:
-            check_alike(told, [gradient.name for gradient in self.gradients])
+            check_alike(told, [gradient.name for gradient in self.gradients], self.communicator.ranks)
         except RuntimeError as error:
             self._disagreement = error
             raise

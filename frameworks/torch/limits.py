@@ -27,32 +27,6 @@ class _Adasum:
 Adasum = _Adasum()
 
 
-class ProcessSet:
-    """The ranks that take part in an operation. Today there is one such set, `global_process_set`: all of them."""
-
-    process_set_id = 0
-
-    @property
-    def ranks(self):
-        """All ranks, as a list."""
-        return list(range(self.size()))
-
-    def size(self):
-        """How many ranks there are."""
-        return commlib.size()
-
-    def rank(self):
-        """This process's place among them."""
-        return commlib.rank()
-
-    def included(self):
-        """Whether this process belongs to the set: always, as the set is everybody."""
-        return True
-
-
-global_process_set = ProcessSet()
-
-
 def check_compression(compression):
     """Refuses every wire format but the tensor's own.
 
@@ -61,16 +35,6 @@ def check_compression(compression):
     """
     if compression is not None and compression is not Compression.none:
         raise ValueError(f"compression={compression} is not supported yet: leave it out, or pass Compression.none")
-
-
-def check_process_set(process_set):
-    """Refuses every group of ranks but that of all ranks.
-
-    Raises:
-        ValueError: another process set.
-    """
-    if process_set is not None and process_set is not global_process_set:
-        raise ValueError("process sets are not supported yet: leave process_set out, or pass global_process_set")
 
 
 def check_op(op):

@@ -7,7 +7,8 @@ checks tensors and moves them in and out of Buffers; the core does everything el
 import torch
 
 import commlib
-from commlib.torch.limits import check_op, check_process_set, global_process_set
+from commlib.torch.limits import check_op
+from commlib.torch.process_sets import communicator_of, global_process_set
 from commlib.torch.tensors import buffer_of, check_tensor, contiguous, tensor_of
 
 
@@ -67,9 +68,8 @@ def allreduce_async_(tensor, average=None, name=None, op=None, prescale_factor=1
 
 
 def _allreduce(tensor, average, name, op, prescale_factor, postscale_factor, process_set):
-    check_process_set(process_set)
     wire = contiguous(tensor)
-    handle = commlib.allreduce_async_(
+    handle = communicator_of(process_set).allreduce_async_(
         buffer_of(wire),
         name=name,
         op=op_of(average, op),
@@ -108,10 +108,17 @@ def broadcast_async_(tensor, root_rank, name=None, process_set=global_process_se
 
 
 def _broadcast(tensor, root_rank, name, process_set):
-    check_process_set(process_set)
     wire = contiguous(tensor)
-    handle = commlib.broadcast_async_(buffer_of(wire), root_rank, name=name)
+    communicator = communicator_of(process_set)
+    handle = communicator.broadcast_async_(buffer_of(wire), _place_of(root_rank, communicator), name=name)
     return Handle(handle, lambda _: _landed(tensor, wire))
+
+
+def _place_of(root_rank, communicator):
+    """Horovod names the root of a process set by its rank among all."""
+    if type(root_rank) is not int or root_rank not in communicator.ranks:
+        raise ValueError(f"root_rank must be a rank of the process set, one of {list(communicator.ranks)}, not {root_rank!r}")
+    return communicator.ranks.index(root_rank)
 
 
 # ---- allgather, reducescatter, alltoall
@@ -120,16 +127,14 @@ def _broadcast(tensor, root_rank, name, process_set):
 def allgather_async(tensor, name=None, process_set=global_process_set):
     """As collectives.allgather, returning a Handle at once."""
     check_tensor(tensor, "allgather")
-    check_process_set(process_set)
-    return Handle(commlib.allgather_async(buffer_of(contiguous(tensor)), name=name), tensor_of)
+    return Handle(communicator_of(process_set).allgather_async(buffer_of(contiguous(tensor)), name=name), tensor_of)
 
 
 def reducescatter_async(tensor, name=None, op=commlib.Average, process_set=global_process_set, prescale_factor=1.0,
                         postscale_factor=1.0):  # fmt: skip
     """As collectives.reducescatter, returning a Handle at once."""
     check_tensor(tensor, "reducescatter")
-    check_process_set(process_set)
-    handle = commlib.reducescatter_async(
+    handle = communicator_of(process_set).reducescatter_async(
         buffer_of(contiguous(tensor)), name=name, op=check_op(op), prescale_factor=prescale_factor,
         postscale_factor=postscale_factor,
     )  # fmt: skip
@@ -139,12 +144,13 @@ def reducescatter_async(tensor, name=None, op=commlib.Average, process_set=globa
 def alltoall_async(tensor, splits=None, name=None, process_set=global_process_set):
     """As collectives.alltoall, returning a Handle at once."""
     check_tensor(tensor, "alltoall")
-    check_process_set(process_set)
+    communicator = communicator_of(process_set)
     if splits is None:
-        return Handle(commlib.alltoall_async(buffer_of(contiguous(tensor)), name=name), tensor_of)
-    rows = splits.tolist() if isinstance(splits, torch.Tensor) else list(splits)
-    handle = commlib.alltoall_async(buffer_of(contiguous(tensor)), rows, name=name)
-    return Handle(handle, lambda result: (tensor_of(result[0]), torch.as_tensor(result[1], dtype=torch.int32)))
+        return Handle(communicator.alltoall_async(buffer_of(contiguous(tensor)), name=name), tensor_of)
+    is_tensor = isinstance(splits, torch.Tensor)
+    rows, dtype = (splits.tolist(), splits.dtype) if is_tensor else (list(splits), torch.int32)
+    handle = communicator.alltoall_async(buffer_of(contiguous(tensor)), rows, name=name)
+    return Handle(handle, lambda result: (tensor_of(result[0]), torch.as_tensor(result[1]).to(dtype)))
 
 
 # ---- in place

@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 import commlib
 from commlib.torch.gradients import GradientExchange
 from commlib.torch.landing import landing_of
-from commlib.torch.limits import Compression, check_compression, check_op, check_process_set, global_process_set
+from commlib.torch.limits import Compression, check_compression, check_op
 from commlib.torch.methods import DistributedMethods
 from commlib.torch.naming import Names
 from commlib.torch.overlapping import Overlapping
+from commlib.torch.process_sets import ProcessSet, communicator_of, global_process_set
 from commlib.torch.state import broadcast_optimizer_state, broadcast_parameters
 from commlib.torch.tensors import overlapping_pair
 from commlib.torch.waiting import Waiting
@@ -41,7 +42,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     """Makes an optimizer train on all ranks: gradients are reduced over ranks while backward still runs.
 
     With `named_parameters` (Horovod's form) step() waits for all gradients. With `model` also the next forward
-    overlaps: the initial state of model and optimizer is rank 0's on every rank, step() returns at once, and each
+    overlaps: the initial state of model and optimizer is the lowest rank's on every rank, step() returns at once, and each
     module's forward waits for its own parameters only. Weights are bitwise those of the form that waits. step() takes
     the gradients: p.grad is None after it.
 
@@ -53,8 +54,9 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
         backward_passes_per_step: backward passes that accumulate on each rank before a gradient is sent.
         op: Average or Sum over ranks.
         gradient_predivide_factor: with Average, divide by it before the sum and multiply by it after.
-        num_groups, groups, process_set: not supported yet.
+        num_groups, groups: not supported yet.
         sparse_as_dense: turn sparse gradients into dense ones.
+        process_set: the ranks that train together; on the others the optimizer is made and trains by itself.
         model: the nn.Module that is trained, instead of named_parameters.
         overlap_forward: with model, False makes step() wait.
         name: put before the names of operations; "": a prefix by the order in which optimizers are wrapped, which must be
@@ -82,13 +84,12 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
         Peng et al., "A generic communication scheduler for distributed DNN training acceleration", SOSP 2019.
     """
     check_compression(compression)
-    check_process_set(process_set)
     if num_groups or groups is not None:
         raise ValueError("num_groups and groups are not supported yet: leave them out")
     if type(backward_passes_per_step) is not int or backward_passes_per_step < 1:
         raise ValueError(f"backward_passes_per_step must be an int of at least 1, not {backward_passes_per_step!r}")
     _check_objects(optimizer, model, named_parameters)
-    communicator = commlib.communicator()
+    communicator = trained_with(process_set)
     exchange = GradientExchange(
         communicator,
         op=check_op(op),
@@ -103,11 +104,19 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     share = None
     if model is not None and communicator.size > 1:
         loose = [parameter for parameter in trained_by(optimizer) if parameter not in set(model.parameters())]
-        broadcast_parameters([*model.named_parameters(), *model.named_buffers(), *loose], root_rank=0)
-        broadcast_optimizer_state(optimizer, root_rank=0)
-        share = partial(broadcast_parameters, root_rank=0)
+        root = {"root_rank": communicator.ranks[0], "process_set": process_set}
+        broadcast_parameters([*model.named_parameters(), *model.named_buffers(), *loose], **root)
+        broadcast_optimizer_state(optimizer, **root)
+        share = partial(broadcast_parameters, **root)
     landing_of(communicator).watch(exchange)
     return wrap(optimizer, exchange, names, model, overlap_forward, share)
+
+
+def trained_with(process_set):
+    """The communicator of the ranks that train together: this one alone, where it is not part of the set."""
+    if isinstance(process_set, ProcessSet) and process_set.included() is False:
+        return commlib.communicator().group([commlib.rank()])
+    return communicator_of(process_set)
 
 
 def prefix_of(communicator):

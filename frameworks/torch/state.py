@@ -9,18 +9,19 @@ import torch
 
 import commlib
 from commlib.torch.collectives import allgather, broadcast_
-from commlib.torch.limits import check_process_set, global_process_set
 from commlib.torch.operations import broadcast_async_
+from commlib.torch.process_sets import global_process_set
 from commlib.torch.tensors import real_view
 
 
-def broadcast_parameters(params, root_rank):
+def broadcast_parameters(params, root_rank, process_set=global_process_set):
     """Overwrites tensors with the root's, in place.
 
     Args:
         params: a state_dict, or (name, tensor) pairs such as model.named_parameters(), or tensors; the same on all
             ranks.
         root_rank: whose values everybody gets.
+        process_set: the ranks that take part.
 
     Raises:
         ValueError: something else, or an entry that is not a tensor.
@@ -42,7 +43,7 @@ def broadcast_parameters(params, root_rank):
     for name, tensor in pairs:
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name!r} is a {type(tensor).__name__}, not a tensor: use broadcast_object for it")
-    handles = [broadcast_async_(real_view(tensor.detach()), root_rank, name) for name, tensor in pairs]
+    handles = [broadcast_async_(real_view(tensor.detach()), root_rank, name, process_set) for name, tensor in pairs]
     for handle in handles:
         handle.wait()
 
@@ -58,20 +59,19 @@ def broadcast_object(obj, root_rank=0, name=None, process_set=global_process_set
     Returns:
         The root's own object there, a copy of it elsewhere.
     """
-    check_process_set(process_set)
     is_root = commlib.rank() == root_rank
     payload = _bytes_of(obj) if is_root else torch.empty(0, dtype=torch.uint8)
-    nbytes = broadcast_(torch.tensor([payload.numel()]), root_rank, name and f"{name}.nbytes")
+    nbytes = broadcast_(torch.tensor([payload.numel()]), root_rank, name and f"{name}.nbytes", process_set)
     payload = payload if is_root else torch.empty(int(nbytes), dtype=torch.uint8)
-    broadcast_(payload, root_rank, name and f"{name}.payload")
+    broadcast_(payload, root_rank, name and f"{name}.payload", process_set)
     return obj if is_root else pickle.loads(payload.numpy().tobytes())
 
 
-def allgather_object(obj, name=None):
-    """Every rank's object, as a list in rank order; they must be picklable."""
+def allgather_object(obj, name=None, process_set=global_process_set):
+    """The object of every rank of the process set, as a list in rank order; they must be picklable."""
     payload = _bytes_of(obj)
-    nbytes = allgather(torch.tensor([payload.numel()]), name and f"{name}.nbytes").tolist()
-    parts = allgather(payload, name and f"{name}.payload").split(nbytes)
+    nbytes = allgather(torch.tensor([payload.numel()]), name and f"{name}.nbytes", process_set).tolist()
+    parts = allgather(payload, name and f"{name}.payload", process_set).split(nbytes)
     return [pickle.loads(part.numpy().tobytes()) for part in parts]
 
 
@@ -79,13 +79,14 @@ def _bytes_of(obj):
     return torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
 
 
-def broadcast_optimizer_state(optimizer, root_rank, model=None):
+def broadcast_optimizer_state(optimizer, root_rank, model=None, process_set=global_process_set):
     """Makes every rank's optimizer have the root's state and hyper-parameters, created where a rank has none.
 
     Args:
         optimizer: any torch.optim.Optimizer, with its parameters in the same order on all ranks.
         root_rank: whose state everybody gets.
         model: accepted for Horovod's sake; not needed.
+        process_set: the ranks that take part.
 
     Raises:
         ValueError: the root's groups have another number of parameters.
@@ -95,10 +96,10 @@ def broadcast_optimizer_state(optimizer, root_rank, model=None):
     tensors = []
     skeleton = _strip(_state_of(optimizer, parameters), tensors) if is_root else None
     shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
-    skeleton, shapes = broadcast_object((skeleton, shapes), root_rank)
+    skeleton, shapes = broadcast_object((skeleton, shapes), root_rank, process_set=process_set)
     if not is_root:
         tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
-    broadcast_parameters(tensors, root_rank)
+    broadcast_parameters(tensors, root_rank, process_set)
     if not is_root:
         _restore(optimizer, parameters, _fill(skeleton, tensors))
 

@@ -33,6 +33,7 @@ class DoubleCommunicator:
 
     def __init__(self, size=2, rank_0_says=None):
         self.size = size
+        self.ranks = tuple(range(size))
         self.timeline = None
         self.forbidden = False
         self.submitted = []

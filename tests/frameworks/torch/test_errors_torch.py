@@ -28,7 +28,7 @@ def test_before_init():
 
 @pytest.mark.parametrize("arguments, message", [
     ({"compression": comm.Compression.fp16}, "compression=.* is not supported yet"),
-    ({"process_set": object()}, "process sets are not supported yet"),
+    ({"process_set": object()}, "process_set must be a ProcessSet"),
     ({"num_groups": 2}, "num_groups and groups are not supported yet"),
     ({"groups": []}, "num_groups and groups are not supported yet"),
     ({"op": comm.Adasum}, "Adasum is not supported yet"),
@@ -69,7 +69,7 @@ def test_lazy_modules_have_to_be_called_first():
     (lambda: comm.allreduce(torch.ones(1), average=True, op=comm.Sum), ValueError, "op parameter supersedes average"),
     (lambda: comm.allreduce(torch.ones(1), op=comm.Adasum), ValueError, "Adasum is not supported"),
     (lambda: comm.allreduce(torch.ones(1), compression=comm.Compression.fp16), ValueError, "compression"),
-    (lambda: comm.allreduce(torch.ones(1), process_set=1), ValueError, "process sets"),
+    (lambda: comm.allreduce(torch.ones(1), process_set=1), ValueError, "process_set must be a ProcessSet"),
     (lambda: comm.allreduce(torch.ones(1, requires_grad=True), op=comm.Max), ValueError, "is not differentiable"),
     (lambda: comm.allreduce_(torch.ones(1, requires_grad=True) * 2), ValueError, "use allreduce, which"),
     (lambda: comm.broadcast(torch.ones(1), root_rank=1), ValueError, "root_rank"),
@@ -77,7 +77,12 @@ def test_lazy_modules_have_to_be_called_first():
     (lambda: comm.alltoall(torch.ones(2), splits=[3]), ValueError, "splits"),
     (lambda: comm.broadcast_parameters(3, root_rank=0), ValueError, "invalid params of type"),
     (lambda: comm.broadcast_parameters({"a": 3}, root_rank=0), ValueError, "'a' is a int, not a tensor"),
-    (lambda: comm.init(process_sets="dynamic"), ValueError, "not supported yet"),
+    (lambda: comm.init(process_sets="static"), ValueError, "must be a list of ProcessSet or"),
+    (lambda: comm.init(process_sets=[comm.ProcessSet([0])]), ValueError, "there already"),
+    (lambda: comm.add_process_set([0]), ValueError, "there already: use that one"),
+    (lambda: comm.add_process_set([0, 1]), ValueError, "needs ranks in"),
+    (lambda: comm.ProcessSet(["0"]), ValueError, "should be initialized with a list of process ranks"),
+    (lambda: comm.allreduce(torch.ones(1), process_set=comm.ProcessSet([0])), ValueError, "is not registered"),
 ])  # fmt: skip
 def test_arguments_of_collectives(call, error, message):
     with pytest.raises(error, match=message):

@@ -1,0 +1,241 @@
+"""Horovod's process sets: some of the ranks, which make collectives among themselves.
+
+This file keeps which sets there are, the same on all ranks; the core's `Communicator.group` does the work. Ids count up from
+0, the set of all ranks, and none is used again.
+"""
+
+import json
+import weakref
+from collections.abc import Iterable
+
+import commlib
+
+
+class ProcessSet:
+    """Some of the ranks. Pass it to init(process_sets=[...]) or add_process_set, on every rank; then collectives take it.
+
+    Args:
+        ranks_or_comm: ranks, in any order. (An mpi4py communicator is refused: what its ranks are here, nobody knows.)
+
+    Attributes:
+        process_set_id: its number, the same on all ranks; None while it is not registered.
+        ranks: in ascending order. Ranks within the set, and parts of gathered tensors, are in that order.
+
+    Raises:
+        ValueError: not a sequence of ints.
+
+    Example:
+        >>> import torch, commlib.torch as comm
+        >>> comm.init()
+        >>> comm.global_process_set.ranks
+        [0]
+        >>> comm.allreduce(torch.ones(1), process_set=comm.global_process_set)
+        tensor([1.])
+        >>> comm.shutdown()
+    """
+
+    mpi_comm = None
+
+    def __init__(self, ranks_or_comm):
+        if not isinstance(ranks_or_comm, Iterable) or any(type(rank) is not int for rank in ranks_or_comm):
+            raise ValueError(
+                f"ProcessSet should be initialized with a list of process ranks, not {ranks_or_comm!r}; of an mpi4py "
+                "communicator they are comm.allgather(commlib.torch.rank())"
+            )
+        self.ranks = sorted(ranks_or_comm)
+        self.process_set_id = None  # its number, the same on all ranks, while it is registered
+        self._communicator = None
+
+    def included(self):
+        """Whether this process is in the set; None while that is not registered."""
+        return None if self.process_set_id is None else commlib.rank() in self.ranks
+
+    def size(self):
+        """How many ranks are in the set; None while it is not registered."""
+        return None if self.process_set_id is None else len(self.ranks)
+
+    def rank(self):
+        """This process's place in the set; None while that is not registered.
+
+        Raises:
+            ValueError: this process is not part of it.
+        """
+        return None if self.process_set_id is None else self.communicator().rank
+
+    def communicator(self):
+        """The core's communicator of these ranks.
+
+        Raises:
+            ValueError: the set is not registered, or this process is not part of it.
+        """
+        if self.process_set_id is None:
+            commlib.communicator()  # or there is nothing that could have sets
+            raise ValueError(f"{self} is not registered (or was removed): pass it to init(process_sets=[...]) or to "
+                             "add_process_set, on every rank")  # fmt: skip
+        if self._communicator is None:
+            raise ValueError(f"process is not part of provided process set: rank {commlib.rank()} is not in {self}; make this "
+                             "call within `if process_set.included():`")  # fmt: skip
+        return self._communicator
+
+    def __repr__(self):
+        return f"ProcessSet(process_set_id={self.process_set_id}, ranks={self.ranks}, mpi_comm=None)"
+
+
+class _GlobalProcessSet(ProcessSet):
+    """All ranks, whatever these are at the time."""
+
+    process_set_id = 0
+
+    def __init__(self):
+        """Nothing has to be registered."""
+
+    @property
+    def ranks(self):
+        """All ranks, as a list."""
+        return list(range(commlib.size()))
+
+    def communicator(self):
+        """The default communicator."""
+        return commlib.communicator()
+
+    def __repr__(self):
+        return "global_process_set"
+
+
+global_process_set = _GlobalProcessSet()
+
+
+class _Registry:
+    """The process sets of one communicator, by id."""
+
+    def __init__(self, communicator):
+        self.communicator = weakref.ref(communicator)
+        self.sets = {}
+        self.next_id = 1
+        communicator.on_close(self._forget_all)
+
+    def add(self, process_sets):
+        """Registers sets, all of them or none; every rank calls it with the same.
+
+        Raises:
+            ValueError: on every rank: they differ, are there already, or name ranks that are not.
+        """
+        asked = [process_set.ranks for process_set in process_sets]
+        told = self._told("add_process_set", asked)
+        size = self.communicator().size
+        known = [list(range(size)), *(process_set.ranks for process_set in self.sets.values())]
+        for ranks in told:
+            if not ranks or len(set(ranks)) != len(ranks) or ranks[0] < 0 or ranks[-1] >= size:
+                raise ValueError(f"a process set needs ranks in [0, {size}), each once, not {ranks}")
+            if ranks in known:
+                raise ValueError(f"a process set of ranks {ranks} is there already: use that one (or global_process_set)")
+            known.append(ranks)
+        for process_set in process_sets:
+            self._register(process_set)
+
+    def _register(self, process_set):
+        communicator = self.communicator()
+        process_set.process_set_id = self.next_id
+        process_set._communicator = communicator.group(process_set.ranks) if communicator.rank in process_set.ranks else None
+        self.sets[self.next_id] = process_set
+        self.next_id += 1
+
+    def remove(self, process_set):
+        """Forgets a set; every rank calls it with the same. Returns False for one that is not there.
+
+        Raises:
+            ValueError: on every rank: they want different ones removed.
+        """
+        self._told("remove_process_set", [[process_set.process_set_id]])
+        if process_set.process_set_id not in self.sets:
+            return False
+        self._forget(process_set.process_set_id)
+        return True
+
+    def _forget(self, process_set_id):
+        process_set = self.sets.pop(process_set_id)
+        process_set.process_set_id = process_set._communicator = None
+
+    def _forget_all(self):
+        """This rank leaves: the same objects may be registered again after the next init()."""
+        for process_set_id in list(self.sets):
+            self._forget(process_set_id)
+
+    def _told(self, what, mine):
+        """What all ranks want, which is the same."""
+        communicator = self.communicator()
+        told = [json.loads(payload) for payload in communicator.exchange(json.dumps(mine).encode(), name=what)]
+        other = next((rank for rank, theirs in enumerate(told) if theirs != told[0]), None)
+        if other is not None:
+            raise ValueError(f"{what}: ranks want different process sets: rank 0 {told[0]}, rank {other} {told[other]}; call it "
+                             "on every rank, also on those outside the set, with the same ranks in the same order")  # fmt: skip
+        return told[0]
+
+
+# Communicator -> its _Registry. Who is gone takes it along.
+_registries = weakref.WeakKeyDictionary()
+
+
+def _registry():
+    communicator = commlib.communicator()
+    if communicator not in _registries:
+        _registries[communicator] = _Registry(communicator)
+    return _registries[communicator]
+
+
+def add_process_set(process_set):
+    """Registers a process set; every rank calls it, also those outside the set.
+
+    Args:
+        process_set: a ProcessSet, or a list of ranks.
+
+    Returns:
+        The ProcessSet.
+
+    Raises:
+        ValueError: on every rank: there is a set of these ranks, the ranks want different sets, or a rank does not exist.
+    """
+    registry = _registry()
+    process_set = process_set if isinstance(process_set, ProcessSet) else ProcessSet(process_set)
+    registry.add([process_set])
+    return process_set
+
+
+def add_process_sets(process_sets):
+    """As `add_process_set`, for init(): all of them or none; "dynamic" asks for nothing, as sets can be added at all times.
+
+    Raises:
+        ValueError: as `add_process_set`; or this is no list of process sets.
+    """
+    if process_sets is None or process_sets == "dynamic":
+        return
+    if not isinstance(process_sets, Iterable) or isinstance(process_sets, str):
+        raise ValueError(f'process_sets must be a list of ProcessSet or "dynamic", not {process_sets!r}')
+    given = [one if isinstance(one, ProcessSet) else ProcessSet(one) for one in process_sets]
+    if given:
+        _registry().add(given)
+
+
+def remove_process_set(process_set):
+    """Forgets a process set; every rank calls it, also those outside the set. What is in flight on it ends as it would have.
+
+    Returns:
+        True; False for the global process set, and for one that is not registered.
+
+    Raises:
+        ValueError: on every rank: they want different ones removed.
+    """
+    return False if process_set is global_process_set else _registry().remove(process_set)
+
+
+def communicator_of(process_set):
+    """The core's communicator that a collective with this argument is for; None: all ranks.
+
+    Raises:
+        ValueError: commlib is not initialized, no process set, one that is not registered, or that this rank is not part of.
+    """
+    if process_set is None or process_set is global_process_set:
+        return commlib.communicator()
+    if not isinstance(process_set, ProcessSet):
+        raise ValueError(f"process_set must be a ProcessSet, not {process_set!r}")
+    return process_set.communicator()
