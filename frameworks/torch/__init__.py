@@ -15,16 +15,26 @@ from commlib import (
 from commlib.torch.collectives import (
     allgather, allreduce, allreduce_, alltoall, barrier, broadcast, broadcast_, reducescatter,
 )  # fmt: skip
-from commlib.torch.limits import Adasum, Compression
+from commlib.torch.compression import Compression
+from commlib.torch.grouped import (
+    grouped_allgather, grouped_allgather_async, grouped_allreduce, grouped_allreduce_, grouped_allreduce_async,
+    grouped_allreduce_async_, grouped_reducescatter, grouped_reducescatter_async,
+)  # fmt: skip
+from commlib.torch.information import (
+    ccl_built, cuda_built, ddl_built, gloo_built, gloo_enabled, mpi_built, mpi_enabled, mpi_threads_supported, nccl_built,
+    rocm_built,
+)  # fmt: skip
+from commlib.torch.launching import job_secret
+from commlib.torch.limits import Adasum, join
 from commlib.torch.operations import (
     allgather_async, allreduce_async, allreduce_async_, alltoall_async, broadcast_async, broadcast_async_, poll,
     reducescatter_async, synchronize,
 )  # fmt: skip
-from commlib.torch.launching import job_secret
 from commlib.torch.optimizer import DistributedOptimizer
 from commlib.torch.process_sets import (
     ProcessSet, add_process_set, add_process_sets, global_process_set, remove_process_set,
 )  # fmt: skip
+from commlib.torch.sparse import sparse_allreduce_async
 from commlib.torch.state import allgather_object, broadcast_object, broadcast_optimizer_state, broadcast_parameters
 from commlib.torch.trace import trace_layers
 
@@ -79,7 +89,11 @@ __all__ = [
     "ProcessSet", "Product", "Sum", "add_process_set", "allgather", "allgather_async", "allgather_object", "allreduce",
     "allreduce_", "allreduce_async", "allreduce_async_", "alltoall", "alltoall_async", "barrier", "broadcast",
     "broadcast_", "broadcast_async", "broadcast_async_", "broadcast_object", "broadcast_optimizer_state",
-    "broadcast_parameters", "cross_rank", "cross_size", "global_process_set", "init", "is_homogeneous",
-    "is_initialized", "local_rank", "local_size", "poll", "rank", "reducescatter", "reducescatter_async",
-    "remove_process_set", "shutdown", "size", "start_timeline", "stop_timeline", "synchronize", "trace_layers",
+    "broadcast_parameters", "ccl_built", "cross_rank", "cross_size", "cuda_built", "ddl_built", "global_process_set",
+    "gloo_built", "gloo_enabled", "grouped_allgather", "grouped_allgather_async", "grouped_allreduce",
+    "grouped_allreduce_", "grouped_allreduce_async", "grouped_allreduce_async_", "grouped_reducescatter",
+    "grouped_reducescatter_async", "init", "is_homogeneous", "is_initialized", "join", "local_rank", "local_size",
+    "mpi_built", "mpi_enabled", "mpi_threads_supported", "nccl_built", "poll", "rank", "reducescatter",
+    "reducescatter_async", "remove_process_set", "rocm_built", "shutdown", "size", "sparse_allreduce_async",
+    "start_timeline", "stop_timeline", "synchronize", "trace_layers",
 ]  # fmt: skip

@@ -17,31 +17,43 @@ def is_needed(tensor):
     return isinstance(tensor, torch.Tensor) and tensor.requires_grad and torch.is_grad_enabled()
 
 
+def result_of(function, tensor, handle, *arguments):
+    """Waits for the operation that was begun on a tensor; autograd learns of it by `function`, one of those below."""
+    return function.apply(tensor, handle, *arguments) if is_needed(tensor) else handle.wait()
+
+
+def check_reduction(what, op, tensors):
+    """Refuses to reduce what autograd follows by an op that has no gradient here.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if op not in (commlib.Average, commlib.Sum) and any(map(is_needed, tensors)):
+        raise ValueError(f"{what} with op={op!r} is not differentiable: pass tensor.detach()")
+
+
 class Allreduce(torch.autograd.Function):
     """Sum and Average: the same reduction of the gradients."""
 
     @staticmethod
-    def forward(ctx, tensor, average, name, op, prescale_factor, postscale_factor, process_set):
-        op = operations.op_of(average, op)
-        if op not in (commlib.Average, commlib.Sum):
-            raise ValueError(f"allreduce with op={op!r} is not differentiable: pass tensor.detach()")
+    def forward(ctx, tensor, handle, op, prescale_factor, postscale_factor, process_set):
         ctx.arguments = {"op": op, "prescale_factor": prescale_factor, "postscale_factor": postscale_factor,
                          "process_set": process_set}  # fmt: skip
-        return operations.allreduce_async(tensor, None, name, **ctx.arguments).wait()
+        return handle.wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        return (operations.allreduce_async(gradient, **ctx.arguments).wait(), *[None] * 6)
+        return (operations.allreduce_async(gradient, **ctx.arguments).wait(), *[None] * 5)
 
 
 class Broadcast(torch.autograd.Function):
     """The root's gradient is the average of all; the others' tensors had no influence."""
 
     @staticmethod
-    def forward(ctx, tensor, root_rank, name, process_set):
+    def forward(ctx, tensor, handle, root_rank, process_set):
         ctx.root_rank, ctx.process_set = root_rank, process_set
-        return operations.broadcast_async(tensor, root_rank, name, process_set).wait()
+        return handle.wait()
 
     @staticmethod
     @once_differentiable
@@ -54,9 +66,9 @@ class Allgather(torch.autograd.Function):
     """The average of all gradients, of which each rank takes its own rows."""
 
     @staticmethod
-    def forward(ctx, tensor, name, process_set):
-        ctx.nrows, ctx.process_set = tensor.shape[0] if tensor.dim() else 0, process_set
-        return operations.allgather_async(tensor, name, process_set).wait()
+    def forward(ctx, tensor, handle, process_set):
+        ctx.nrows, ctx.process_set = tensor.shape[0], process_set
+        return handle.wait()
 
     @staticmethod
     @once_differentiable
@@ -71,12 +83,10 @@ class Reducescatter(torch.autograd.Function):
     """Every rank's rows went into each rank's share: gradients of the shares are gathered."""
 
     @staticmethod
-    def forward(ctx, tensor, name, op, process_set, prescale_factor, postscale_factor):
-        if op not in (commlib.Average, commlib.Sum):
-            raise ValueError(f"reducescatter with op={op!r} is not differentiable: pass tensor.detach()")
+    def forward(ctx, tensor, handle, op, prescale_factor, postscale_factor, process_set):
         size = communicator_of(process_set).size
         ctx.factor, ctx.process_set = prescale_factor * postscale_factor / (size if op is commlib.Average else 1), process_set
-        return operations.reducescatter_async(tensor, name, op, process_set, prescale_factor, postscale_factor).wait()
+        return handle.wait()
 
     @staticmethod
     @once_differentiable

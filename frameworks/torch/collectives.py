@@ -5,12 +5,14 @@ All but the in-place ones are differentiable (autograd.py); operations.py has th
 
 import commlib
 from commlib.torch import autograd
-from commlib.torch.limits import Compression, check_compression
+from commlib.torch.compression import Compression, checked_compression
+from commlib.torch.limits import check_op
 from commlib.torch.operations import (
-    allgather_async, allreduce_async, allreduce_async_, alltoall_async, broadcast_async, broadcast_async_,
+    allgather_async, allreduce_async, allreduce_async_, alltoall_async, broadcast_async, broadcast_async_, op_of,
     reducescatter_async,
 )  # fmt: skip
 from commlib.torch.process_sets import communicator_of, global_process_set
+from commlib.torch.tensors import check_tensor
 
 
 def barrier(process_set=global_process_set):
@@ -26,7 +28,7 @@ def allreduce(tensor, average=None, name=None, compression=Compression.none, op=
         tensor: a CPU tensor of the same shape and dtype on all ranks.
         average: deprecated: True for op=Average, False for op=Sum.
         name: matches the operation between ranks; None: by sequence number.
-        compression: Compression.none.
+        compression: what travels; one of Compression.
         op: Average (the default), Sum, Min, Max or Product.
         prescale_factor, postscale_factor: multiply each contribution, and the result.
         process_set: the ranks that take part; others do not call it. Average divides by how many they are.
@@ -45,11 +47,13 @@ def allreduce(tensor, average=None, name=None, compression=Compression.none, op=
         tensor([1., 1.])
         >>> comm.shutdown()
     """
-    check_compression(compression)
-    arguments = (average, name, op, prescale_factor, postscale_factor, process_set)
-    if autograd.is_needed(tensor):
-        return autograd.Allreduce.apply(tensor, *arguments)
-    return allreduce_async(tensor, *arguments).wait()
+    op, compression = op_of(average, op), checked_compression(compression)
+    check_tensor(tensor, "allreduce")
+    autograd.check_reduction("allreduce", op, [tensor])
+    wire, ctx = compression.compress(tensor)
+    arguments = (op, prescale_factor, postscale_factor, process_set)
+    handle = allreduce_async(wire, None, name, *arguments)
+    return compression.decompress(autograd.result_of(autograd.Allreduce, wire, handle, *arguments), ctx)
 
 
 def allreduce_(tensor, average=None, name=None, op=None, prescale_factor=1.0, postscale_factor=1.0,
@@ -66,9 +70,8 @@ def broadcast(tensor, root_rank, name=None, process_set=global_process_set):
         root_rank: whose values everybody gets; its rank among all, also with a process set.
         name, process_set: as for `allreduce`.
     """
-    if autograd.is_needed(tensor):
-        return autograd.Broadcast.apply(tensor, root_rank, name, process_set)
-    return broadcast_async(tensor, root_rank, name, process_set).wait()
+    handle = broadcast_async(tensor, root_rank, name, process_set)
+    return autograd.result_of(autograd.Broadcast, tensor, handle, root_rank, process_set)
 
 
 def broadcast_(tensor, root_rank, name=None, process_set=global_process_set):
@@ -82,19 +85,19 @@ def allgather(tensor, name=None, process_set=global_process_set):
     Returns:
         A new tensor, the same on every rank.
     """
-    if autograd.is_needed(tensor):
-        return autograd.Allgather.apply(tensor, name, process_set)
-    return allgather_async(tensor, name, process_set).wait()
+    return autograd.result_of(autograd.Allgather, tensor, allgather_async(tensor, name, process_set), process_set)
 
 
 def reducescatter(tensor, name=None, compression=Compression.none, op=commlib.Average, process_set=global_process_set,
                   prescale_factor=1.0, postscale_factor=1.0):  # fmt: skip
     """Reduces over all ranks and gives each its share of the rows; low ranks get those that remain. Differentiable."""
-    check_compression(compression)
-    arguments = (name, op, process_set, prescale_factor, postscale_factor)
-    if autograd.is_needed(tensor):
-        return autograd.Reducescatter.apply(tensor, *arguments)
-    return reducescatter_async(tensor, *arguments).wait()
+    op, compression = check_op(op), checked_compression(compression)
+    check_tensor(tensor, "reducescatter")
+    autograd.check_reduction("reducescatter", op, [tensor])
+    wire, ctx = compression.compress(tensor)
+    handle = reducescatter_async(wire, name, op, process_set, prescale_factor, postscale_factor)
+    arguments = (op, prescale_factor, postscale_factor, process_set)
+    return compression.decompress(autograd.result_of(autograd.Reducescatter, wire, handle, *arguments), ctx)
 
 
 def alltoall(tensor, splits=None, name=None, process_set=global_process_set):

@@ -57,25 +57,23 @@ def allreduce_async(tensor, average=None, name=None, op=None, prescale_factor=1.
                     process_set=global_process_set):  # fmt: skip
     """As collectives.allreduce, returning a Handle at once."""
     check_tensor(tensor, "allreduce")
-    return _allreduce(tensor.detach().clone(), average, name, op, prescale_factor, postscale_factor, process_set)
+    return begin_allreduce(tensor.detach().clone(), name, op_of(average, op), prescale_factor, postscale_factor, process_set)
 
 
 def allreduce_async_(tensor, average=None, name=None, op=None, prescale_factor=1.0, postscale_factor=1.0,
                      process_set=global_process_set):  # fmt: skip
     """As collectives.allreduce_, returning a Handle at once; do not touch the tensor before the wait."""
-    _check_in_place(tensor, "allreduce_")
-    return _allreduce(tensor, average, name, op, prescale_factor, postscale_factor, process_set)
+    check_in_place(tensor, "allreduce_")
+    return begin_allreduce(tensor, name, op_of(average, op), prescale_factor, postscale_factor, process_set)
 
 
-def _allreduce(tensor, average, name, op, prescale_factor, postscale_factor, process_set):
+def begin_allreduce(tensor, name, op, prescale_factor, postscale_factor, process_set, overlapped=False):
+    """Reduces a tensor that was checked, in place; `overlapped`: one of many."""
     wire = contiguous(tensor)
     handle = communicator_of(process_set).allreduce_async_(
-        buffer_of(wire),
-        name=name,
-        op=op_of(average, op),
-        prescale_factor=prescale_factor,
-        postscale_factor=postscale_factor,
-    )
+        buffer_of(wire), name=name, op=op, prescale_factor=prescale_factor, postscale_factor=postscale_factor,
+        overlapped=overlapped,
+    )  # fmt: skip
     return Handle(handle, lambda _: _landed(tensor, wire))
 
 
@@ -103,7 +101,7 @@ def broadcast_async(tensor, root_rank, name=None, process_set=global_process_set
 
 def broadcast_async_(tensor, root_rank, name=None, process_set=global_process_set):
     """As collectives.broadcast_, returning a Handle at once; do not touch the tensor before the wait."""
-    _check_in_place(tensor, "broadcast_")
+    check_in_place(tensor, "broadcast_")
     return _broadcast(tensor, root_rank, name, process_set)
 
 
@@ -156,7 +154,12 @@ def alltoall_async(tensor, splits=None, name=None, process_set=global_process_se
 # ---- in place
 
 
-def _check_in_place(tensor, what):
+def check_in_place(tensor, what):
+    """Refuses to change a tensor that autograd computed.
+
+    Raises:
+        ValueError, TypeError: so it is, or it cannot travel.
+    """
     check_tensor(tensor, what)
     if tensor.grad_fn is not None and torch.is_grad_enabled():
         raise ValueError(

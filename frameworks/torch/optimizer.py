@@ -11,9 +11,10 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 import commlib
+from commlib.torch.compression import Compression, checked_compression
 from commlib.torch.gradients import GradientExchange
 from commlib.torch.landing import landing_of
-from commlib.torch.limits import Compression, check_compression, check_op
+from commlib.torch.limits import check_op
 from commlib.torch.methods import DistributedMethods
 from commlib.torch.naming import Names
 from commlib.torch.overlapping import Overlapping
@@ -83,7 +84,8 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
         Sergeev and Del Balso, "Horovod: fast and easy distributed deep learning in TensorFlow", 2018, arXiv:1802.05799.
         Peng et al., "A generic communication scheduler for distributed DNN training acceleration", SOSP 2019.
     """
-    check_compression(compression)
+    if checked_compression(compression) is not Compression.none:
+        raise ValueError(f"compression={compression} is not supported yet: leave it out, or pass Compression.none")
     if num_groups or groups is not None:
         raise ValueError("num_groups and groups are not supported yet: leave them out")
     if type(backward_passes_per_step) is not int or backward_passes_per_step < 1:

@@ -8,6 +8,8 @@ import torch
 
 import commlib
 from commlib.torch.groups import Group
+from commlib.torch.limits import check_op
+from commlib.torch.process_sets import communicator_of, global_process_set
 from commlib.torch.tensors import buffer_of, check_tensor, tensor_of
 
 
@@ -90,7 +92,8 @@ class SparseGroup(Group):
 class SparseReduction:
     """A sum or an average over ranks of sparse tensors, in flight: two gatherings, of indices and of values."""
 
-    def __init__(self, communicator, tensor, *, name, priority, op, prescale_factor, postscale_factor, overlapped):
+    def __init__(self, communicator, tensor, *, name, op, priority=0, prescale_factor=1.0, postscale_factor=1.0,
+                 overlapped=False):  # fmt: skip
         if op not in (commlib.Average, commlib.Sum):
             raise ValueError(f"a sparse gradient cannot be reduced with op={op!r}: use Average or Sum, or sparse_as_dense=True")
         check_tensor(tensor.values(), f"the sparse gradient {name!r}")
@@ -98,7 +101,7 @@ class SparseReduction:
         self._shape = tensor.shape
         self._factor = prescale_factor * postscale_factor / (communicator.size if op is commlib.Average else 1)
         self._handles = [
-            communicator.allgather_async(buffer_of(part), name=f"{name} {what}", priority=priority)
+            communicator.allgather_async(buffer_of(part), name=name and f"{name} {what}", priority=priority)
             for what, part in (("indices", tensor.indices().t().contiguous()), ("values", tensor.values().contiguous()))
         ]
 
@@ -117,3 +120,32 @@ class SparseReduction:
         if self.result is None:
             self.result = torch.sparse_coo_tensor(indices.t(), values * self._factor, self._shape).coalesce()
         return self.result
+
+
+def sparse_allreduce_async(tensor, name, op, process_set=global_process_set):
+    """Reduces a sparse tensor: the rows of all ranks are gathered, and added up.
+
+    Args:
+        tensor: a sparse COO tensor on the CPU, of the same shape and dtype on all ranks, with any number of rows.
+        name: matches the operation between ranks; None: by sequence number.
+        op: Average (also if None) or Sum.
+        process_set: the ranks that take part.
+
+    Returns:
+        A function without arguments that waits and returns the sparse result, coalesced.
+
+    Raises:
+        ValueError: another op, not a sparse tensor, or a name that is in flight.
+
+    Example:
+        >>> import torch, commlib.torch as comm
+        >>> comm.init()
+        >>> handle = comm.sparse_allreduce_async(torch.eye(2).to_sparse(), name="rows", op=comm.Sum)
+        >>> handle().to_dense()
+        tensor([[1., 0.],
+                [0., 1.]])
+        >>> comm.shutdown()
+    """
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.sparse_coo:
+        raise ValueError(f"sparse_allreduce_async needs a sparse COO tensor, not {getattr(tensor, 'layout', type(tensor))}")
+    return SparseReduction(communicator_of(process_set), tensor.detach().coalesce(), name=name, op=check_op(op)).wait

@@ -1,5 +1,7 @@
 """What a user does wrong, or what is not supported yet, is refused at the call with words that help."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -21,7 +23,15 @@ def sgd(model=None):
 
 def test_before_init():
     comm.shutdown()
-    for call in (comm.rank, comm.size, lambda: comm.allreduce(torch.ones(1)), lambda: comm.DistributedOptimizer(sgd())):
+    x = torch.ones(1)
+    of_ranks = (comm.rank, comm.size, comm.local_rank, comm.local_size, comm.cross_rank, comm.cross_size, comm.is_homogeneous,
+                comm.mpi_threads_supported, comm.barrier, comm.global_process_set.size)  # fmt: skip
+    of_tensors = (comm.allreduce, comm.allreduce_, comm.allgather, comm.reducescatter, comm.alltoall)
+    of_lists = (comm.grouped_allreduce, comm.grouped_allreduce_, comm.grouped_allgather, comm.grouped_reducescatter)
+    others = (lambda: comm.DistributedOptimizer(sgd()), lambda: comm.broadcast(x, 0), lambda: comm.broadcast_object(x),
+              lambda: comm.add_process_set([0]))  # fmt: skip
+    calls = [*of_ranks, *(partial(call, x) for call in of_tensors), *(partial(call, [x]) for call in of_lists), *others]
+    for call in calls:
         with pytest.raises(ValueError, match="init"):
             call()
 
@@ -68,7 +78,15 @@ def test_lazy_modules_have_to_be_called_first():
     (lambda: comm.allreduce(torch.ones(2, device="meta")), ValueError, "on the meta device and has no values"),
     (lambda: comm.allreduce(torch.ones(1), average=True, op=comm.Sum), ValueError, "op parameter supersedes average"),
     (lambda: comm.allreduce(torch.ones(1), op=comm.Adasum), ValueError, "Adasum is not supported"),
-    (lambda: comm.allreduce(torch.ones(1), compression=comm.Compression.fp16), ValueError, "compression"),
+    (lambda: comm.allreduce(torch.ones(1), compression="fp16"), ValueError, "compression must be one of"),
+    (lambda: comm.grouped_allreduce([torch.ones(1), 3]), TypeError, "needs a torch.Tensor, got int"),
+    (lambda: comm.grouped_allreduce([torch.ones(1, requires_grad=True)], op=comm.Min), ValueError, "is not differentiable"),
+    (lambda: comm.grouped_allreduce_([torch.ones(1, requires_grad=True) * 2]), ValueError, "which is differentiable"),
+    (lambda: comm.grouped_allgather([torch.ones(1), torch.tensor(1)]), ValueError, "scalar"),
+    (lambda: comm.grouped_reducescatter([torch.tensor(1)]), ValueError, "scalar"),
+    (lambda: comm.sparse_allreduce_async(torch.ones(2), "x", comm.Sum), ValueError, "needs a sparse COO tensor"),
+    (lambda: comm.sparse_allreduce_async(torch.ones(2).to_sparse(), "x", comm.Max), ValueError, "Average or Sum"),
+    (lambda: comm.join(), NotImplementedError, "not supported yet: give every rank equally many batches"),
     (lambda: comm.allreduce(torch.ones(1), process_set=1), ValueError, "process_set must be a ProcessSet"),
     (lambda: comm.allreduce(torch.ones(1, requires_grad=True), op=comm.Max), ValueError, "is not differentiable"),
     (lambda: comm.allreduce_(torch.ones(1, requires_grad=True) * 2), ValueError, "use allreduce, which"),
