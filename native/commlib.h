@@ -291,11 +291,26 @@ typedef struct {
     double beta_s_per_byte;    /* 1 / bandwidth; a rank sends one message at a time and receives one at a time */
     double gamma_s_per_byte;   /* reduction, on the receiver */
 } cl_sim_link;
+typedef struct {
+    int32_t size;
+    const int32_t *hosts;           /* per rank: its host. Within a host `inside` holds, else `between` */
+    cl_sim_link inside, between;
+    int32_t shares_port;            /* 1: the ranks of a host share one port between hosts; 0: each has its own */
+    double switch_beta_s_per_byte;  /* 1 / bandwidth of the switch through which all hosts together send; 0: no limit */
+    double jitter_s;                /* latencies between hosts are longer by a random time of this mean (exponential) */
+    uint64_t seed;                  /* of the jitter */
+    const double *slowness;         /* per rank: its reductions take so many times longer; NULL: 1 */
+    int32_t unconnected;            /* 1: ranks are linked by cl_sim_connect, before they submit what needs it */
+} cl_sim_network;
 typedef enum { CL_SIM_IDLE = 0, CL_SIM_TIMER, CL_SIM_DONE, CL_SIM_NO_MEMORY } cl_sim_event;
 
 /* `size` engines in one process under one virtual clock. hosts[r]: host of rank r; within a host `inside` holds, else `between`. */
 int cl_sim_new(int32_t size, const int32_t *hosts, const cl_sim_link *inside, const cl_sim_link *between,
                const cl_settings *settings, cl_sim **sim);
+/* As cl_sim_new, with all that a network may have. CL_INVALID: no ranks, or a negative time. */
+int cl_sim_new_on(const cl_sim_network *network, const cl_settings *settings, cl_sim **sim);
+/* Links two ranks; those that are linked stay so. */
+int cl_sim_connect(cl_sim *sim, int32_t a, int32_t b);
 void cl_sim_free(cl_sim *sim);
 cl_engine *cl_sim_engine(cl_sim *sim, int32_t rank);
 double cl_sim_now(cl_sim *sim);

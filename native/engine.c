@@ -266,7 +266,7 @@ void cl_operation_complete(cl_operation *operation, int status)
 
 static void fail_if_somebody_left(cl_engine *engine, cl_operation *operation)
 {
-    for (int32_t r = 0; r < engine->size; r++) {
+    for (int32_t r = 0; engine->somebody_left && r < engine->size; r++) {
         if (atomic_load_explicit(&operation->done, memory_order_relaxed))
             return;
         if (!engine->peers[r].left || !cl_operation_awaits(operation, r))

@@ -226,6 +226,7 @@ struct cl_engine {
     int32_t *dirty, ndirty;
     int health, blamed;
     bool leaving;
+    bool somebody_left; /* of the peers */
     cl_tickets tickets;
     char health_text[CL_ERROR_NBYTES];
     const char *health_reason; /* the end of it: why the rank was lost */

@@ -324,7 +324,7 @@ static void end_keyed(cl_engine *engine, int32_t rank, const cl_frame *frame, cl
 
 static void on_bye(cl_engine *engine, int32_t rank)
 {
-    engine->peers[rank].left = true;
+    engine->peers[rank].left = engine->somebody_left = true;
     for (cl_operation *operation = engine->first, *next; operation != NULL; operation = next) {
         next = operation->next;
         if (!cl_operation_awaits(operation, rank))

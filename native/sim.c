@@ -4,7 +4,9 @@
  * The network: every rank has one sending and one receiving port per link class (inside a host, between hosts), each busy
  * with one message at a time. A message leaves when the sender's port is free, its first byte arrives alpha later, and it
  * is there when the receiver's port has taken all of it. Frames without payload take alpha and no port, but never
- * overtake on their link. Events at one time happen in the order in which they were made: one seed, one run.
+ * overtake on their link. On request the ranks of a host share one port between hosts, all that goes between hosts passes
+ * one switch in order, and latencies between hosts vary. Events at one time happen in the order in which they were made:
+ * one seed, one run. Links may be made when they are first wanted: 2,048 ranks have two million pairs and use a few.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -14,14 +16,14 @@
 
 enum { INSIDE = 0, BETWEEN = 1, CLASSES = 2 };
 
-typedef enum { EVENT_ARRIVE, EVENT_DELIVER, EVENT_END, EVENT_SENT, EVENT_LOST, EVENT_TIMER } event_kind;
+typedef enum { EVENT_SWITCH, EVENT_ARRIVE, EVENT_DELIVER, EVENT_END, EVENT_SENT, EVENT_LOST, EVENT_TIMER } event_kind;
 
 struct sim_link;
 
 /* A frame on its way, its payload behind it. */
 typedef struct parcel {
     struct parcel *next;
-    double ready_s; /* the receiver's port has all of it */
+    double ready_s; /* the receiver's port has all of it; before it arrives: not sooner than this */
     bool has_payload;
     bool forgotten; /* of a receipt: nobody wants it any more */
     cl_frame frame;
@@ -43,7 +45,7 @@ typedef struct sim_link {
     cl_sim *sim;
     struct sim_link *remote;
     int class;
-    double last_arrival_s;   /* of what was sent on this link */
+    double last_switch_s, last_arrival_s; /* of what was sent on this link */
     parcel *first, *last;    /* arrived on this side, not handed over: in order, one at a time */
     double last_ready_s;
     bool adding;             /* the engine is adding what was handed over last */
@@ -63,9 +65,15 @@ struct cl_sim {
     int32_t size;
     double now_s;
     cl_sim_link classes[CLASSES];
+    double switch_beta_s_per_byte, switch_free_s; /* between hosts; 0: the switch is as fast as it need be */
+    double jitter_s;
+    uint64_t random;
+    int32_t *hosts;
+    double *slowness;   /* of each rank's reductions */
+    int32_t *port_rank; /* whose port between hosts a rank uses */
     cl_settings settings;
     cl_engine **engines;
-    sim_link **links; /* rank's end of the link to peer at [rank * size + peer]; they outlive engines that were shut down */
+    sim_link **links; /* rank's end of the link to peer at [rank * size + peer], NULL: not made; they outlive engines */
     bool *dead, *woken;
     port *ports; /* CLASSES per rank */
     int32_t *to_flush, nto_flush;
@@ -123,9 +131,23 @@ static event take_event(cl_sim *sim)
 
 /* ---- the transport ------------------------------------------------------------------------------------------- */
 
+static sim_link **link_of(cl_sim *sim, int32_t rank, int32_t peer)
+{
+    return &sim->links[(size_t)rank * (size_t)sim->size + (size_t)peer];
+}
+
 static port *port_of(cl_sim *sim, int32_t rank, int class)
 {
-    return &sim->ports[CLASSES * rank + class];
+    return &sim->ports[CLASSES * (class == BETWEEN ? sim->port_rank[rank] : rank) + class];
+}
+
+/* What a message takes longer than alpha: exponential, so that most are quick and a few are late. */
+static double next_jitter_s(cl_sim *sim, int class)
+{
+    if (sim->jitter_s == 0 || class == INSIDE)
+        return 0;
+    sim->random = sim->random * 6364136223846793005u + 1442695040888963407u; /* Knuth's MMIX generator */
+    return -sim->jitter_s * log(((double)(sim->random >> 11) + 0.5) * 0x1p-53);
 }
 
 static int32_t rank_of(const sim_link *link)
@@ -144,6 +166,38 @@ static parcel *pack(const cl_frame *frame, const void *payload)
     return packed;
 }
 
+/* A frame leaves the switch, or the sender if there is none, and will arrive no earlier than what went before. */
+static void travel(cl_sim *sim, sim_link *link, parcel *sent, double start_s)
+{
+    double alpha_s = sim->classes[link->class].alpha_s + next_jitter_s(sim, link->class);
+    double arrive_s = fmax(start_s + alpha_s, link->last_arrival_s);
+    link->last_arrival_s = arrive_s;
+    add_event(sim, (event){.at_s = arrive_s, .kind = EVENT_ARRIVE, .link = link->remote, .parcel = sent});
+}
+
+/*
+ * The switch carries packets of all messages in turn: the first byte passes at once, and the last one when all that the
+ * switch was given up to now has passed.
+ */
+static void on_switch(cl_sim *sim, sim_link *link, parcel *sent)
+{
+    if (sent->frame.nbytes > 0) {
+        sim->switch_free_s = fmax(sim->now_s, sim->switch_free_s) + sent->frame.nbytes * sim->switch_beta_s_per_byte;
+        sent->ready_s = sim->switch_free_s + sim->classes[link->class].alpha_s;
+    }
+    travel(sim, link->remote, sent, sim->now_s);
+}
+
+static void enter(cl_sim *sim, sim_link *link, parcel *sent, double start_s)
+{
+    if (link->class == INSIDE || sim->switch_beta_s_per_byte == 0) {
+        travel(sim, link, sent, start_s);
+        return;
+    }
+    link->last_switch_s = fmax(start_s, link->last_switch_s);
+    add_event(sim, (event){.at_s = link->last_switch_s, .kind = EVENT_SWITCH, .link = link->remote, .parcel = sent});
+}
+
 static int sim_send(cl_link *base, const cl_frame *frame, const void *payload)
 {
     sim_link *link = (sim_link *)base;
@@ -158,9 +212,7 @@ static int sim_send(cl_link *base, const cl_frame *frame, const void *payload)
         return CL_OK;
     }
     double start_s = carries ? fmax(sim->now_s, from->send_free_s) : sim->now_s;
-    double arrive_s = fmax(start_s + class->alpha_s, link->last_arrival_s);
-    link->last_arrival_s = arrive_s;
-    add_event(sim, (event){.at_s = arrive_s, .kind = EVENT_ARRIVE, .link = link->remote, .parcel = sent});
+    enter(sim, link, sent, start_s);
     if (carries) {
         from->send_free_s = start_s + frame->nbytes * class->beta_s_per_byte;
         link->pending_nbytes += frame->nbytes;
@@ -175,7 +227,7 @@ static void on_arrive(cl_sim *sim, sim_link *link, parcel *arrived)
     if (arrived->frame.nbytes > 0) {
         port *to = port_of(sim, rank_of(link), link->class);
         ready_s = fmax(ready_s, to->receive_free_s) + arrived->frame.nbytes * sim->classes[link->class].beta_s_per_byte;
-        to->receive_free_s = ready_s;
+        to->receive_free_s = ready_s = fmax(ready_s, arrived->ready_s);
     }
     arrived->ready_s = link->last_ready_s = fmax(ready_s, link->last_ready_s);
     arrived->next = NULL;
@@ -208,7 +260,8 @@ static void hand_over(cl_sim *sim, sim_link *link, parcel *handed)
     (void)sink->begin(link->base.owner, &link->base, frame);
     if (frame->nbytes > 0)
         sink->piece(link->base.owner, &link->base, frame, 0, handed->has_payload ? handed->payload : NULL, frame->nbytes);
-    double adding_s = reduces(link, frame) ? frame->nbytes * sim->classes[link->class].gamma_s_per_byte : 0;
+    double gamma_s_per_byte = sim->classes[link->class].gamma_s_per_byte * sim->slowness[rank_of(link)];
+    double adding_s = reduces(link, frame) ? frame->nbytes * gamma_s_per_byte : 0;
     link->adding = adding_s > 0;
     if (link->adding)
         add_event(sim, (event){.at_s = sim->now_s + adding_s, .kind = EVENT_END, .link = link, .parcel = handed});
@@ -337,59 +390,90 @@ static int make_engine(cl_sim *sim, int32_t rank)
     return CL_OK;
 }
 
-static int make_links(cl_sim *sim, int32_t a, int32_t b, const int32_t *hosts)
+int cl_sim_connect(cl_sim *sim, int32_t a, int32_t b)
 {
+    if (a < 0 || b < 0 || a >= sim->size || b >= sim->size || a == b)
+        return CL_INVALID;
+    if (*link_of(sim, a, b) != NULL)
+        return CL_OK;
     sim_link *near = calloc(1, sizeof(sim_link)), *far = calloc(1, sizeof(sim_link));
     if (near == NULL || far == NULL) {
         free(near);
         free(far);
         return CL_NO_MEMORY;
     }
-    *near = (sim_link){.sim = sim, .remote = far, .class = hosts[a] == hosts[b] ? INSIDE : BETWEEN};
+    *near = (sim_link){.sim = sim, .remote = far, .class = sim->hosts[a] == sim->hosts[b] ? INSIDE : BETWEEN};
     *far = (sim_link){.sim = sim, .remote = near, .class = near->class};
     near->base.transport = far->base.transport = &cl_sim_transport;
-    sim->links[a * sim->size + b] = near;
-    sim->links[b * sim->size + a] = far;
+    *link_of(sim, a, b) = near;
+    *link_of(sim, b, a) = far;
     cl_engine_attach(sim->engines[a], b, &near->base);
     cl_engine_attach(sim->engines[b], a, &far->base);
     return CL_OK;
 }
 
-static int make_parts(cl_sim *sim, const int32_t *hosts)
+static void place_ranks(cl_sim *sim, const cl_sim_network *network)
+{
+    for (int32_t r = 0; r < sim->size; r++) {
+        sim->hosts[r] = network->hosts[r];
+        sim->slowness[r] = network->slowness == NULL ? 1 : network->slowness[r];
+        sim->port_rank[r] = r;
+        for (int32_t before = 0; network->shares_port && before < r; before++)
+            if (sim->hosts[before] == sim->hosts[r]) {
+                sim->port_rank[r] = before;
+                break;
+            }
+    }
+}
+
+static int make_parts(cl_sim *sim, const cl_sim_network *network)
 {
     size_t size = (size_t)sim->size;
+    sim->hosts = calloc(size, sizeof(int32_t));
+    sim->slowness = calloc(size, sizeof(double));
+    sim->port_rank = calloc(size, sizeof(int32_t));
     sim->engines = calloc(size, sizeof(cl_engine *));
     sim->links = calloc(size * size, sizeof(sim_link *));
     sim->dead = calloc(size, sizeof(bool));
     sim->woken = calloc(size, sizeof(bool));
     sim->ports = calloc(CLASSES * size, sizeof(port));
     sim->to_flush = calloc(size, sizeof(int32_t));
-    if (!sim->engines || !sim->links || !sim->dead || !sim->woken || !sim->ports || !sim->to_flush)
+    if (!sim->hosts || !sim->slowness || !sim->port_rank || !sim->engines || !sim->links || !sim->dead || !sim->woken ||
+        !sim->ports || !sim->to_flush)
         return CL_NO_MEMORY;
+    place_ranks(sim, network);
     for (int32_t r = 0; r < sim->size; r++)
         CL_TRY(make_engine(sim, r));
-    for (int32_t a = 0; a < sim->size; a++)
+    for (int32_t a = 0; !network->unconnected && a < sim->size; a++)
         for (int32_t b = a + 1; b < sim->size; b++)
-            CL_TRY(make_links(sim, a, b, hosts));
+            CL_TRY(cl_sim_connect(sim, a, b));
     return CL_OK;
 }
 
-int cl_sim_new(int32_t size, const int32_t *hosts, const cl_sim_link *inside, const cl_sim_link *between,
-               const cl_settings *settings, cl_sim **out)
+int cl_sim_new_on(const cl_sim_network *network, const cl_settings *settings, cl_sim **out)
 {
-    if (size < 1)
+    if (network->size < 1 || !(network->jitter_s >= 0) || !(network->switch_beta_s_per_byte >= 0))
         return CL_INVALID;
     cl_sim *sim = calloc(1, sizeof(cl_sim));
     if (sim == NULL)
         return CL_NO_MEMORY;
-    *sim = (cl_sim){.size = size, .classes = {*inside, *between}, .settings = *settings};
-    int status = make_parts(sim, hosts);
+    *sim = (cl_sim){.size = network->size, .classes = {network->inside, network->between}, .settings = *settings,
+                    .switch_beta_s_per_byte = network->switch_beta_s_per_byte, .jitter_s = network->jitter_s,
+                    .random = network->seed};
+    int status = make_parts(sim, network);
     if (status != CL_OK) {
         cl_sim_free(sim);
         return status;
     }
     *out = sim;
     return CL_OK;
+}
+
+int cl_sim_new(int32_t size, const int32_t *hosts, const cl_sim_link *inside, const cl_sim_link *between,
+               const cl_settings *settings, cl_sim **out)
+{
+    cl_sim_network network = {.size = size, .hosts = hosts, .inside = *inside, .between = *between};
+    return cl_sim_new_on(&network, settings, out);
 }
 
 static void free_link(sim_link *link)
@@ -404,7 +488,7 @@ static void free_link(sim_link *link)
 
 static void free_links(cl_sim *sim)
 {
-    for (int32_t i = 0; sim->links != NULL && i < sim->size * sim->size; i++)
+    for (size_t i = 0; sim->links != NULL && i < (size_t)sim->size * (size_t)sim->size; i++)
         free_link(sim->links[i]);
     free(sim->links);
 }
@@ -431,6 +515,9 @@ void cl_sim_free(cl_sim *sim)
     free(sim->woken);
     free(sim->dead);
     free(sim->engines);
+    free(sim->port_rank);
+    free(sim->slowness);
+    free(sim->hosts);
     free(sim);
 }
 
@@ -459,10 +546,13 @@ int cl_sim_kill(cl_sim *sim, int32_t rank)
     if (rank < 0 || rank >= sim->size || sim->dead[rank])
         return CL_INVALID;
     sim->dead[rank] = true;
-    for (int32_t r = 0; r < sim->size; r++)
-        if (r != rank)
-            add_event(sim, (event){.at_s = sim->now_s + 1e-3 * sim->settings.lost_ms, .kind = EVENT_LOST,
-                                   .link = sim->links[r * sim->size + rank]});
+    for (int32_t r = 0; r < sim->size; r++) {
+        if (r == rank)
+            continue;
+        CL_TRY(cl_sim_connect(sim, r, rank)); /* who never wanted it must hear of it all the same */
+        add_event(sim, (event){.at_s = sim->now_s + 1e-3 * sim->settings.lost_ms, .kind = EVENT_LOST,
+                               .link = *link_of(sim, r, rank)});
+    }
     return sim->status;
 }
 
@@ -486,6 +576,7 @@ static void happen(cl_sim *sim, event *e)
         return;
     }
     switch (e->kind) {
+    case EVENT_SWITCH: on_switch(sim, link, e->parcel); return;
     case EVENT_ARRIVE: on_arrive(sim, link, e->parcel); break;
     case EVENT_SENT: on_sent(link, e->parcel); break;
     case EVENT_LOST: link->base.sink->lost(link->base.owner, &link->base, "its process died"); break;

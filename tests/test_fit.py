@@ -10,7 +10,7 @@ from commlib.fit import Sample, fit
 from commlib.plan import Shape
 from commlib.selection import Choice
 from commlib.settings import Settings
-from commlib.simulate import EventKind, Simulation
+from commlib.simulation import EventKind, Simulation
 
 INSIDE = Link(alpha_s=1.5e-6, beta_s_per_byte=2.1e-10, gamma_s_per_byte=0.9e-10)
 BETWEEN = Link(alpha_s=21e-6, beta_s_per_byte=8.3e-10, gamma_s_per_byte=0.9e-10)

@@ -12,13 +12,13 @@ CORE = ROOT / "commlib"
 LAYERS = [
     {"_native", "version"},
     {"errors", "buffer", "names", "reduction", "settings", "timeline", "plan", "cost", "verify", "fit", "schedule", "models",
-     "secret"},
+     "messages", "secret"},
     {"algorithms"},
     {"bootstrap", "rendezvous", "rendezvous_wire", "rendezvous_server", "rendezvous_room", "proof", "handshake", "connect",
      "interfaces", "dial", "mpi"},
     {"engine", "control", "selection"},
-    {"calibrate", "layout", "handle", "prepared", "results", "simulate"},
-    {"collective"},
+    {"calibrate", "layout", "handle", "prepared", "results", "simulation"},
+    {"collective", "simulated_training"},
     {"tickets"},
     {"communicator"},
     {"mpi_mover"},
@@ -28,7 +28,7 @@ LAYERS = [
     {"commands"},
     {"__main__"},
 ]
-TOUCH_NATIVE = {"engine", "simulate", "calibrate", "errors"}
+TOUCH_NATIVE = {"engine", "simulation", "calibrate", "errors"}
 READ_ENVIRONMENT = {"bootstrap"}
 HAND_ENVIRONMENT_ON = {"launch", "run"}
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "mpi4py"}

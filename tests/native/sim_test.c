@@ -306,7 +306,11 @@ static void make_world_of(run *r)
         hosts[rank] = (int32_t)pick(r, 3);
         r->members[rank] = rank;
     }
-    CHECK(cl_sim_new(r->w.size, hosts, &inside, &between, &r->settings, &r->sim) == CL_OK);
+    cl_sim_network network = {.size = r->w.size, .hosts = hosts, .inside = inside, .between = between, .seed = pick(r, 1000)};
+    network.shares_port = (int32_t)pick(r, 2);
+    network.jitter_s = pick(r, 2) * 1e-6 * (double)pick(r, 500);
+    network.switch_beta_s_per_byte = pick(r, 2) * 1e-9 * (double)pick(r, 50);
+    CHECK(cl_sim_new_on(&network, &r->settings, &r->sim) == CL_OK);
     plan_world(&r->w);
 }
 

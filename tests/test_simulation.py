@@ -14,7 +14,9 @@ from commlib.plan import Shape
 from commlib.schedule import ideal_step_time
 from commlib.selection import Choice
 from commlib.settings import Settings
-from commlib.simulate import EventKind, Overlap, Simulation, TrainingLayer, simulate_training
+from commlib.messages import SCHEDULES, each
+from commlib.simulated_training import TrainingLayer, simulate_training
+from commlib.simulation import EventKind, Simulation
 
 ALPHA_S = 20e-6
 BETA_S_PER_BYTE = 8e-10  # 10 Gbit/s
@@ -157,12 +159,14 @@ def test_a_training_step_without_communication_lasts_as_long_as_its_compute():
 def test_each_kind_of_overlap_is_at_least_as_fast_as_the_next():
     layers = [TrainingLayer(2e-3, 4e-3, (8 * MEGABYTE,)) for _ in range(4)]
 
-    def step_s(overlap):
-        simulation = Simulation(Shape((1,) * 4), NETWORK, NETWORK, settings_for())
-        return simulate_training(layers, simulation, 4, overlap)[-1]
+    messages = each([layer.counts for layer in layers])
 
-    both, backward, none = (step_s(overlap) for overlap in (Overlap.BOTH, Overlap.BACKWARD, Overlap.NONE))
-    assert both < backward < none
+    def step_s(name):
+        simulation = Simulation(Shape((1,) * 4), NETWORK, NETWORK, settings_for())
+        return simulate_training(layers, simulation, 4, SCHEDULES[name], messages)[-1]
+
+    ours, unordered, backward, none = (step_s(name) for name in ("ours", "unordered", "backward", "none"))
+    assert ours < unordered <= backward < none
 
 
 @pytest.mark.parametrize("model", sorted(models.MODELS))
@@ -180,3 +184,102 @@ def test_the_overlapped_step_comes_near_the_ideal_schedule(model, size):
         # Above: the bound of our own making. Below: nothing beats the ideal, or the simulation gives time away.
         assert 0.999 * ideal_s <= steady_s <= 1.05 * ideal_s, f"{steady_s / ideal_s:.3f} of the ideal at ratio {ratio}"
         simulation.close()
+
+
+def allreduce_s(shape, nbytes, link=NETWORK, choice=Choice("ring", 0), **network):
+    simulation = Simulation(shape, Link(0, 0), link, settings_for(), **network)
+    for rank in range(shape.size):
+        simulation.allreduce(rank, 1, nbytes // 4, choice=choice)
+    took_s = max(run_to_end(simulation).values())
+    simulation.close()
+    return took_s
+
+
+NO_LATENCY = Link(0, BETA_S_PER_BYTE)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_share_a_port_share_its_bandwidth(ranks):
+    shape, choice = Shape((ranks, ranks)), Choice("hierarchical", 0)
+    nbytes = 4 << 20
+    alone_s, shared_s = (allreduce_s(shape, nbytes, NO_LATENCY, choice, shares_port=shares) for shares in (False, True))
+    # Each rank exchanges its shard, a part in `ranks` of the bytes, in two halves with its twin on the other host.
+    assert alone_s == pytest.approx(nbytes / ranks * BETA_S_PER_BYTE)
+    assert shared_s == pytest.approx(ranks * alone_s, rel=1 / 8)
+
+
+def test_a_shared_port_makes_no_difference_to_hosts_of_one_rank():
+    assert allreduce_s(Shape((1,) * 4), 1 << 20, shares_port=True) == allreduce_s(Shape((1,) * 4), 1 << 20)
+
+
+@pytest.mark.parametrize("times_too_slow", [2, 8])
+def test_a_slow_switch_is_what_all_hosts_together_wait_for(times_too_slow):
+    size, nbytes = 4, 4 << 20
+    switch = times_too_slow * BETA_S_PER_BYTE / size  # four ports in all are so many times faster than the switch
+    took_s = allreduce_s(Shape((1,) * size), nbytes, NO_LATENCY, switch_beta_s_per_byte=switch)
+    through_switch_s = 2 * (size - 1) * nbytes * switch  # a ring moves 2 (p - 1) / p of the bytes of each of p ranks
+    assert through_switch_s <= took_s <= 1.2 * through_switch_s
+
+
+def test_a_switch_with_room_for_all_ports_does_not_slow_them():
+    for link in (NO_LATENCY, NETWORK):
+        without_s = allreduce_s(Shape((1,) * 4), 4 << 20, link)
+        with_s = allreduce_s(Shape((1,) * 4), 4 << 20, link, switch_beta_s_per_byte=BETA_S_PER_BYTE / 4)
+        assert without_s <= with_s <= 1.05 * without_s
+
+
+def test_a_switch_does_not_touch_what_stays_inside_a_host():
+    simulation = Simulation(Shape((4,)), NETWORK, NETWORK, settings_for(), switch_beta_s_per_byte=1.0)
+    for rank in range(4):
+        simulation.allreduce(rank, 1, 1000)
+    assert max(run_to_end(simulation).values()) < 1e-3
+
+
+def test_jitter_only_delays_and_follows_its_seed():
+    shape, jitter_s = Shape((1,) * 8), 50e-6
+    calm_s = allreduce_s(shape, 64 << 10)
+    seeds_s = [allreduce_s(shape, 64 << 10, jitter_s=jitter_s, seed=seed) for seed in range(8)]
+    assert len(set(seeds_s)) == len(seeds_s) and min(seeds_s) > calm_s
+    assert seeds_s[3] == allreduce_s(shape, 64 << 10, jitter_s=jitter_s, seed=3)
+    steps = 14  # of the ring: each waits for one message at least
+    assert np.mean(seeds_s) > calm_s + steps * jitter_s
+
+
+def test_sums_are_right_whatever_the_jitter_and_the_switch_do_to_the_order():
+    for seed in range(5):
+        simulation = Simulation(Shape((2, 2, 1)), NETWORK, NETWORK, settings_for(**TINY), shares_port=True, seed=seed,
+                                jitter_s=100e-6, switch_beta_s_per_byte=BETA_S_PER_BYTE)  # fmt: skip
+        memory = [[np.full(count, rank + 1.0, np.float32) for count in (5, 3000, 700, 64)] for rank in range(5)]
+        for rank in range(5):
+            for key in random.Random(f"{seed} {rank}").sample(range(4), 4):
+                simulation.allreduce(rank, key, len(memory[rank][key]), priority=key, memory=memory[rank][key])
+        assert len(run_to_end(simulation)) == 5 * 4
+        assert all((array == 15).all() for arrays in memory for array in arrays)
+        simulation.close()
+
+
+def test_one_rank_that_reduces_slowly_delays_all():
+    shape, nbytes, link = Shape((1, 1)), 4 << 20, Link(0, 0, gamma_s_per_byte=1e-10)
+    even_s = allreduce_s(shape, nbytes, link)
+    assert even_s == pytest.approx(nbytes / 2 * 1e-10)  # each of the two reduces half
+    assert allreduce_s(shape, nbytes, link, slowness=[1, 5]) == pytest.approx(5 * even_s)
+    with pytest.raises(ValueError, match="slowness"):
+        allreduce_s(shape, nbytes, link, slowness=[1])
+
+
+def test_the_death_of_a_rank_is_told_to_those_that_were_never_linked_to_it():
+    shape = Shape((1,) * 16)
+    simulation = Simulation(shape, NETWORK, NETWORK, settings_for(lost_ms=1000, heartbeat_ms=200))
+    for rank in range(16):
+        simulation.allreduce(rank, 1, 64 * MEGABYTE, choice=Choice("halving_doubling", 1 << 20))
+    simulation.timer(0, 0.02)
+    assert simulation.next().kind is EventKind.TIMER
+    simulation.kill(5)
+    assert set(run_to_end(simulation)) == {(rank, 1) for rank in range(16) if rank != 5}
+
+
+def test_a_slow_rank_makes_the_steps_of_all_as_long_as_its_own():
+    layers = [TrainingLayer(2e-3, 4e-3, (1000,)) for _ in range(4)]
+    simulation = Simulation(Shape((1,) * 4), NETWORK, NETWORK, settings_for())
+    step_s = simulate_training(layers, simulation, 4, slowness=[1, 1, 1.5, 1])[-1]
+    assert 1.5 * 24e-3 <= step_s < 1.6 * 24e-3
