@@ -34,10 +34,12 @@ typedef struct {
     double at_s;
     uint64_t order;
     event_kind kind;
-    int32_t rank;            /* timer: whose */
-    uint64_t token;
-    struct sim_link *link;   /* the link object of the side where it happens */
-    parcel *parcel;          /* owned */
+    int32_t rank;                  /* timer: whose */
+    union {
+        uint64_t token;            /* timer */
+        struct sim_link *link;     /* else: the link object of the side where it happens */
+    };
+    parcel *parcel;                /* owned; NULL: none */
 } event;
 
 typedef struct sim_link {
@@ -126,6 +128,11 @@ static event take_event(cl_sim *sim)
         parent = child;
     }
     sim->events[parent] = last;
+    const event *next = &sim->events[0];
+    if (sim->nevents > 0 && next->kind != EVENT_TIMER) { /* large simulations wait for memory most of the time */
+        __builtin_prefetch(next->link);
+        __builtin_prefetch(next->parcel);
+    }
     return first;
 }
 
@@ -221,24 +228,6 @@ static int sim_send(cl_link *base, const cl_frame *frame, const void *payload)
     return CL_OK;
 }
 
-static void on_arrive(cl_sim *sim, sim_link *link, parcel *arrived)
-{
-    double ready_s = sim->now_s;
-    if (arrived->frame.nbytes > 0) {
-        port *to = port_of(sim, rank_of(link), link->class);
-        ready_s = fmax(ready_s, to->receive_free_s) + arrived->frame.nbytes * sim->classes[link->class].beta_s_per_byte;
-        to->receive_free_s = ready_s = fmax(ready_s, arrived->ready_s);
-    }
-    arrived->ready_s = link->last_ready_s = fmax(ready_s, link->last_ready_s);
-    arrived->next = NULL;
-    if (link->last != NULL)
-        link->last->next = arrived;
-    else
-        link->first = arrived;
-    link->last = arrived;
-    add_event(sim, (event){.at_s = arrived->ready_s, .kind = EVENT_DELIVER, .link = link});
-}
-
 /* True if this rank spends time on adding the frame that begin() has just announced. */
 static bool reduces(const sim_link *link, const cl_frame *frame)
 {
@@ -278,6 +267,27 @@ static void hand_over_ready(cl_sim *sim, sim_link *link)
             link->last = NULL;
         hand_over(sim, link, handed);
     }
+}
+
+static void on_arrive(cl_sim *sim, sim_link *link, parcel *arrived)
+{
+    double ready_s = sim->now_s;
+    if (arrived->frame.nbytes > 0) {
+        port *to = port_of(sim, rank_of(link), link->class);
+        ready_s = fmax(ready_s, to->receive_free_s) + arrived->frame.nbytes * sim->classes[link->class].beta_s_per_byte;
+        to->receive_free_s = ready_s = fmax(ready_s, arrived->ready_s);
+    }
+    arrived->ready_s = link->last_ready_s = fmax(ready_s, link->last_ready_s);
+    arrived->next = NULL;
+    if (link->last != NULL)
+        link->last->next = arrived;
+    else
+        link->first = arrived;
+    link->last = arrived;
+    if (arrived->ready_s <= sim->now_s)
+        hand_over_ready(sim, link);
+    else
+        add_event(sim, (event){.at_s = arrived->ready_s, .kind = EVENT_DELIVER, .link = link});
 }
 
 static void on_sent(sim_link *link, parcel *receipt)
