@@ -185,14 +185,22 @@ def bert_base(tokens: int = 128) -> List[Layer]:
     References:
         Devlin, Chang, Lee and Toutanova, "BERT: pre-training of deep bidirectional transformers", NAACL 2019.
     """
-    width = 768
+    return _bert(tokens, width=768, encoders=12)
+
+
+def bert_large(tokens: int = 128) -> List[Layer]:
+    """BERT-large, uncased, with its pooler; otherwise as `bert_base`."""
+    return _bert(tokens, width=1024, encoders=24)
+
+
+def _bert(tokens: int, width: int, encoders: int) -> List[Layer]:
     layers = [
         embedding("embeddings.word", 30522, width, tokens),
         embedding("embeddings.position", 512, width, tokens),
         embedding("embeddings.token_type", 2, width, tokens),
         norm("embeddings.norm", width, tokens),
     ]
-    for number in range(12):
+    for number in range(encoders):
         layers += _encoder(f"encoder.{number}", width, tokens)
     return [*layers, linear("pooler", width, width)]
 
@@ -208,9 +216,53 @@ def _encoder(name: str, width: int, tokens: int) -> Iterator[Layer]:
     yield norm(f"{name}.norm", width, tokens)
 
 
+def gpt2_small(tokens: int = 1024) -> List[Layer]:
+    """GPT-2 small (124 M parameters) for sequences of `tokens` tokens.
+
+    The output projection shares its weights with the token embedding: the gradient of both is one tensor, which is complete
+    only when backward has come to the embedding, and is listed there.
+
+    References:
+        Radford et al., "Language models are unsupervised multitask learners", 2019; counts as of the published weights.
+    """
+    return _gpt2(tokens, width=768, blocks=12)
+
+
+def gpt2_medium(tokens: int = 1024) -> List[Layer]:
+    """GPT-2 medium (355 M parameters); otherwise as `gpt2_small`."""
+    return _gpt2(tokens, width=1024, blocks=24)
+
+
+def gpt2_large(tokens: int = 1024) -> List[Layer]:
+    """GPT-2 large (774 M parameters); otherwise as `gpt2_small`."""
+    return _gpt2(tokens, width=1280, blocks=36)
+
+
+def _gpt2(tokens: int, width: int, blocks: int) -> List[Layer]:
+    vocabulary = 50257
+    layers = [embedding("wte", vocabulary, width, tokens), embedding("wpe", 1024, width, tokens)]
+    for number in range(blocks):
+        layers += _decoder(f"h.{number}", width, tokens)
+    return [*layers, norm("ln_f", width, tokens), Layer("lm_head", (), 2 * vocabulary * width * tokens)]
+
+
+def _decoder(name: str, width: int, tokens: int) -> Iterator[Layer]:
+    yield norm(f"{name}.ln_1", width, tokens)
+    yield linear(f"{name}.attn.c_attn", width, 3 * width, tokens)
+    yield attention(f"{name}.attn", width, tokens)
+    yield linear(f"{name}.attn.c_proj", width, width, tokens)
+    yield norm(f"{name}.ln_2", width, tokens)
+    yield linear(f"{name}.mlp.c_fc", width, 4 * width, tokens)
+    yield linear(f"{name}.mlp.c_proj", 4 * width, width, tokens)
+
+
 MODELS: Mapping[str, Callable[[], List[Layer]]] = MappingProxyType({
     "alexnet": alexnet,
     "vgg16": vgg16,
     "resnet50": resnet50,
     "bert_base": bert_base,
+    "bert_large": bert_large,
+    "gpt2_small": gpt2_small,
+    "gpt2_medium": gpt2_medium,
+    "gpt2_large": gpt2_large,
 })

@@ -4,9 +4,24 @@ import pytest
 from commlib.models import MODELS, alexnet, bert_base, layer_times, parameters, resnet50, tensors
 from commlib.schedule import backward_overlap_step_time, ideal_step_time, no_overlap_step_time
 
-PARAMETERS = {"alexnet": 60_965_224, "vgg16": 138_357_544, "resnet50": 25_557_032, "bert_base": 109_482_240}
-TENSORS = {"alexnet": 16, "vgg16": 32, "resnet50": 161, "bert_base": 199}
-MULTIPLY_ADDS = {"alexnet": 0.724e9, "vgg16": 15.47e9, "resnet50": 4.09e9, "bert_base": 11.2e9}  # published, per sample
+PARAMETERS = {"alexnet": 60_965_224, "vgg16": 138_357_544, "resnet50": 25_557_032, "bert_base": 109_482_240,
+              "bert_large": 335_141_888, "gpt2_small": 124_439_808, "gpt2_medium": 354_823_168,
+              "gpt2_large": 774_030_080}  # fmt: skip
+TENSORS = {"alexnet": 16, "vgg16": 32, "resnet50": 161, "bert_base": 199, "bert_large": 391, "gpt2_small": 148,
+           "gpt2_medium": 292, "gpt2_large": 436}  # fmt: skip
+
+
+def transformer_multiply_adds(blocks, width, tokens, vocabulary=0):
+    """Kaplan et al., "Scaling laws for neural language models", 2020: 12 blocks width^2 parameters, and the attention."""
+    return tokens * (12 * blocks * width**2 + 2 * blocks * tokens * width + vocabulary * width)
+
+
+# Published, per sample, or by the published formula.
+MULTIPLY_ADDS = {"alexnet": 0.724e9, "vgg16": 15.47e9, "resnet50": 4.09e9, "bert_base": 11.2e9,
+                 "bert_large": transformer_multiply_adds(24, 1024, 128),
+                 "gpt2_small": transformer_multiply_adds(12, 768, 1024, 50257),
+                 "gpt2_medium": transformer_multiply_adds(24, 1024, 1024, 50257),
+                 "gpt2_large": transformer_multiply_adds(36, 1280, 1024, 50257)}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)

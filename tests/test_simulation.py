@@ -169,7 +169,7 @@ def test_each_kind_of_overlap_is_at_least_as_fast_as_the_next():
     assert ours < unordered <= backward < none
 
 
-@pytest.mark.parametrize("model", sorted(models.MODELS))
+@pytest.mark.parametrize("model", ["alexnet", "vgg16", "resnet50", "bert_base"])
 @pytest.mark.parametrize("size", [2, 8, 32])
 def test_the_overlapped_step_comes_near_the_ideal_schedule(model, size):
     layers = models.MODELS[model]()
