@@ -6,11 +6,12 @@ A subcommand is a module with `add_arguments(parser)` and `run(options)`, which 
 import argparse
 import sys
 
-from commlib import tune
+from commlib import simulate, tune
 from commlib.version import VERSION
 
 # name -> (module, what it does)
 COMMANDS = {
+    "simulate": (simulate, "predict how fast a model trains on a cluster that is described in a file"),
     "tune": (tune, "measure links and algorithms, and write the settings record that suits this machine"),
 }
 
@@ -21,7 +22,8 @@ def main(arguments=None):
     Args:
         arguments: the command line without the program name; None: the process's own.
     """
-    parser = argparse.ArgumentParser("commlib", description="Tools of commlib; start them on several ranks with commrun.")
+    parser = argparse.ArgumentParser("commlib", description="Tools of commlib. Those that measure are started on several "
+                                     "ranks, with commrun.")  # fmt: skip
     parser.add_argument("--version", action="version", version=f"commlib {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():

@@ -66,7 +66,7 @@ def simulate_training(
         >>> from commlib.settings import Settings
         >>> network = Simulation(Shape((1, 1)), Link(0, 0), Link(20e-6, 8e-10), Settings())
         >>> [round(step_s, 6) for step_s in simulate_training([TrainingLayer(1e-3, 2e-3, (250_000,))], network, 3)]
-        [0.003927, 0.003927]
+        [0.00384, 0.00384]
     """
     if steps < 2:
         raise ValueError("a step's length shows only between two steps: simulate at least 2")
