@@ -68,6 +68,18 @@ class Cluster:
         setup = f'hostname h{host} && mount -t tmpfs tmpfs /dev/shm && exec "$@"'
         return ["ip", "netns", "exec", self._namespace(host), "unshare", "--uts", "--mount", "sh", "-c", setup, "sh", *command]
 
+    def agent(self, path):
+        """Writes a program that stands in for ssh: `PROGRAM [options] ADDRESS COMMAND...` runs the command on that host."""
+        hosts = "".join(f"{self.address(host)}) host={host};; " for host in range(self.hosts))
+        path.write_text(f"""#!/bin/sh
+while :; do case "$1" in -*) shift;; *) break;; esac; done
+case "$1" in {hosts}*) echo "no host $1" >&2; exit 1;; esac
+shift
+exec ip netns exec {self.name}-$host unshare --uts --mount sh -c "hostname h$host; mount -t tmpfs tmpfs /dev/shm; $*"
+""")
+        path.chmod(0o755)
+        return str(path)
+
     def start(self, host, command, environment, **options):
         """Runs a command on a host, as a subprocess.Popen; it is killed on exit if it still runs then."""
         process = subprocess.Popen(self.command(host, command), env=environment, stdin=subprocess.DEVNULL,

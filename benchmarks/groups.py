@@ -29,10 +29,9 @@ class Group:
     """
 
     def __init__(self, name, size, folder):
-        self.name, self.size = name, size
+        self.name, self.size, self.folder = name, size, folder
         peer, programs = PEERS[name], bin_folder(name)
         address = os.path.join(folder, name)
-        launcher, *words = peer.launch(size)
         meeting = address + ".at"
         program = [programs / "python", HERE / "rank.py", name, address] if peer.make else [programs / name, address, meeting]
         environment = {**os.environ, **peer.running, **(peer.crowded if is_crowded(size) else {}), "OMP_NUM_THREADS": "1",
@@ -41,12 +40,22 @@ class Group:
             listener.bind(address)
             listener.listen(size)
             listener.settimeout(START_S)
-            self.process = subprocess.Popen([programs / launcher, *words, *program], env=environment, stdin=subprocess.DEVNULL)
+            self.processes = self.start([str(word) for word in program], environment)
             try:
                 self.streams = self._accept(listener, size)
             except BaseException:
-                self.process.kill()
+                self._stop()
                 raise
+
+    def start(self, program, environment):
+        """Has the peer's launcher start the program as `size` ranks. Returns the processes to be waited for."""
+        launcher, *words = PEERS[self.name].launch(self.size)
+        command = [bin_folder(self.name) / launcher, *words, *program]
+        return [subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)]
+
+    def _stop(self):
+        for process in self.processes:
+            process.kill()
 
     def _accept(self, listener, size):
         ranks = {}
@@ -73,7 +82,8 @@ class Group:
                 stream.flush()
             return [self._read(stream) for stream in self.streams][0]
         except (OSError, Absent) as error:
-            self.process.terminate()  # ranks that hang may poll, and would disturb the others
+            for process in self.processes:
+                process.terminate()  # ranks that hang may poll, and would disturb the others
             what = ", ".join(f"{name} {value}" for name, value in details.items())
             raise Absent(f"{do} ({what}): {error}") from None
 
@@ -89,9 +99,10 @@ class Group:
             with contextlib.suppress(OSError):
                 stream.close()
         try:
-            self.process.wait(END_S)
+            for process in self.processes:
+                process.wait(END_S)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self._stop()
 
 
 @contextlib.contextmanager
