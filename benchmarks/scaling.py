@@ -19,13 +19,13 @@ import tempfile
 import time
 
 from cluster import Cluster
-from emulated import SCHEDULES
 from environments import versions
 from movers import MOVERS
 from peers import HERE
 from record import add_run
 
 from commlib import models
+from commlib.messages import SCHEDULES
 from commlib.secret import new_secret
 from commlib.schedule import LayerTime, backward_overlap_step_time, ideal_step_time, no_overlap_step_time
 

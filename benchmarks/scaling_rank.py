@@ -9,9 +9,10 @@ import resource
 import sys
 import time
 
-from emulated import SCHEDULES, Training
+from emulated import Training
 from movers import MOVERS
 
+from commlib.messages import SCHEDULES
 from commlib.schedule import LayerTime
 
 

@@ -289,7 +289,7 @@ typedef struct cl_sim cl_sim;
 typedef struct {
     double alpha_s;            /* latency from the end of sending to the start of receiving */
     double beta_s_per_byte;    /* 1 / bandwidth; a rank sends one message at a time and receives one at a time */
-    double gamma_s_per_byte;   /* reduction, on the receiver */
+    double gamma_s_per_byte;   /* reduction, on the receiver, of one message at a time */
 } cl_sim_link;
 typedef struct {
     int32_t size;

@@ -3,10 +3,11 @@
  *
  * The network: every rank has one sending and one receiving port per link class (inside a host, between hosts), each busy
  * with one message at a time. A message leaves when the sender's port is free, its first byte arrives alpha later, and it
- * is there when the receiver's port has taken all of it. Frames without payload take alpha and no port, but never
- * overtake on their link. On request the ranks of a host share one port between hosts, all that goes between hosts passes
- * one switch in order, and latencies between hosts vary. Events at one time happen in the order in which they were made:
- * one seed, one run. Links may be made when they are first wanted: 2,048 ranks have two million pairs and use a few.
+ * is there when the receiver's port has taken all of it; then it is added, one message of a rank at a time. Frames without
+ * payload take alpha and no port, but never overtake on their link. On request the ranks of a host share one port between
+ * hosts, all that goes between hosts passes one switch, and latencies between hosts vary. Events at one time happen in the
+ * order in which they were made: one seed, one run. Links may be made when they are first wanted: 2,048 ranks have two
+ * million pairs and use a few.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -72,6 +73,7 @@ struct cl_sim {
     uint64_t random;
     int32_t *hosts;
     double *slowness;   /* of each rank's reductions */
+    double *added_s;    /* when each rank has added all that was handed over */
     int32_t *port_rank; /* whose port between hosts a rank uses */
     cl_settings settings;
     cl_engine **engines;
@@ -252,10 +254,13 @@ static void hand_over(cl_sim *sim, sim_link *link, parcel *handed)
     double gamma_s_per_byte = sim->classes[link->class].gamma_s_per_byte * sim->slowness[rank_of(link)];
     double adding_s = reduces(link, frame) ? frame->nbytes * gamma_s_per_byte : 0;
     link->adding = adding_s > 0;
-    if (link->adding)
-        add_event(sim, (event){.at_s = sim->now_s + adding_s, .kind = EVENT_END, .link = link, .parcel = handed});
-    else
+    if (!link->adding) {
         end_parcel(link, handed);
+        return;
+    }
+    double *added_s = &sim->added_s[rank_of(link)]; /* a rank adds one message at a time, whatever link it came on */
+    *added_s = fmax(sim->now_s, *added_s) + adding_s;
+    add_event(sim, (event){.at_s = *added_s, .kind = EVENT_END, .link = link, .parcel = handed});
 }
 
 static void hand_over_ready(cl_sim *sim, sim_link *link)
@@ -441,6 +446,7 @@ static int make_parts(cl_sim *sim, const cl_sim_network *network)
     size_t size = (size_t)sim->size;
     sim->hosts = calloc(size, sizeof(int32_t));
     sim->slowness = calloc(size, sizeof(double));
+    sim->added_s = calloc(size, sizeof(double));
     sim->port_rank = calloc(size, sizeof(int32_t));
     sim->engines = calloc(size, sizeof(cl_engine *));
     sim->links = calloc(size * size, sizeof(sim_link *));
@@ -448,8 +454,8 @@ static int make_parts(cl_sim *sim, const cl_sim_network *network)
     sim->woken = calloc(size, sizeof(bool));
     sim->ports = calloc(CLASSES * size, sizeof(port));
     sim->to_flush = calloc(size, sizeof(int32_t));
-    if (!sim->hosts || !sim->slowness || !sim->port_rank || !sim->engines || !sim->links || !sim->dead || !sim->woken ||
-        !sim->ports || !sim->to_flush)
+    if (!sim->hosts || !sim->slowness || !sim->added_s || !sim->port_rank || !sim->engines || !sim->links || !sim->dead ||
+        !sim->woken || !sim->ports || !sim->to_flush)
         return CL_NO_MEMORY;
     place_ranks(sim, network);
     for (int32_t r = 0; r < sim->size; r++)
@@ -526,6 +532,7 @@ void cl_sim_free(cl_sim *sim)
     free(sim->dead);
     free(sim->engines);
     free(sim->port_rank);
+    free(sim->added_s);
     free(sim->slowness);
     free(sim->hosts);
     free(sim);

@@ -11,6 +11,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "benchma
 import environments  # noqa: E402
 import plot  # noqa: E402
 
+from commlib.messages import SCHEDULES  # noqa: E402
+from commlib.schedule import LayerTime  # noqa: E402
+
 ABOUT = {
     "machine": {"processor": "P", "architecture": "A", "cores": 2}, "versions": {"gloo": {"torch": "2"}}, "commit": "c0ffee",
     "date": "2026-01-02T00:00:00", "load_before": [0.5, 0, 0], "load_after": [1.5, 0, 0],
@@ -71,14 +74,29 @@ def test_scaling_table():
     assert "| alexnet on 2, 100 Mbit/s | 800.0 | 1,000.0 | 1,100.0 (1.10x) |" in table
 
 
-def test_emulated_messages_hold_every_gradient_once():
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_emulated_training_starts_every_message_once_a_step_and_waits_for_it(name):
     import emulated
 
-    counts = [[100, 5], [200_000], [], [7], [30_000_000, 9]]
-    for messages in (emulated.buckets(counts), emulated.groups(counts), emulated.buckets(counts, shrink=1000)):
-        assert sum(message.count for message in messages) == sum(map(sum, counts))
-    assert [message.needed for message in emulated.groups(counts)] == sorted(m.needed for m in emulated.groups(counts))
-    assert len(emulated.buckets(counts)) < len(emulated.buckets(counts, shrink=1000))
+    class Mover:
+        def __init__(self):
+            self.started, self.waiting = [], set()
+
+        array = staticmethod(lambda count: count)
+
+        def barrier(self):
+            pass
+
+        def start(self, array, name, priority):
+            assert name not in self.waiting, "started again before it was awaited"
+            self.started.append(array)
+            self.waiting.add(name)
+            return lambda: self.waiting.remove(name)
+
+    mover, counts = Mover(), [[100, 5], [200_000], [], [7], [30_000_000, 9]]
+    training = emulated.Training(counts, [LayerTime(0, 0, 0)] * len(counts), SCHEDULES[name], mover, name)
+    assert len(training.run(3)) == 2
+    assert sum(mover.started) == 3 * sum(map(sum, counts)) and not mover.waiting
 
 
 def test_tables_land_between_their_markers(tmp_path):

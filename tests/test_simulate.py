@@ -4,6 +4,7 @@ import dataclasses
 import doctest
 import importlib
 import json
+import pathlib
 
 import pytest
 
@@ -279,3 +280,21 @@ def test_a_plot_without_matplotlib_is_a_message(monkeypatch, tmp_path):
                                   "simulate"])  # fmt: skip
 def test_examples(name):
     assert doctest.testmod(importlib.import_module(f"commlib.{name}")).failed == 0
+
+
+def test_the_examples_of_the_documentation_run(capsys):
+    root = pathlib.Path(__file__).resolve().parent.parent
+    folder = root / "examples" / "simulate"
+    words = ["simulate", "--cluster", str(folder / "cluster.json"), "--no-advice"]
+    assert commands.main([*words, "--model", "bert_base", "--batch", "192", "--ranks", "4"]) == 0
+    text = (root / "docs" / "simulate.md").read_text()
+    lines = capsys.readouterr().out.splitlines()
+    assert all(" ".join(line.split()) in " ".join(text.split()) for line in lines), "docs/simulate.md shows other numbers"
+    assert commands.main([*words, "--model", str(folder / "model.json"), "--ranks", "8"]) == 0
+    for name in ("cluster", "model"):
+        assert (folder / f"{name}.json").read_text() in text
+
+
+def test_the_documentation_names_every_key_and_model():
+    text = (pathlib.Path(__file__).resolve().parent.parent / "docs" / "simulate.md").read_text()
+    assert all(f"`{word}`" in text for word in (*FULL, *MODELS, *SCHEDULES))

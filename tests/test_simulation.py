@@ -186,8 +186,8 @@ def test_the_overlapped_step_comes_near_the_ideal_schedule(model, size):
         simulation.close()
 
 
-def allreduce_s(shape, nbytes, link=NETWORK, choice=Choice("ring", 0), **network):
-    simulation = Simulation(shape, Link(0, 0), link, settings_for(), **network)
+def allreduce_s(shape, nbytes, link=NETWORK, choice=Choice("ring", 0), inside=Link(0, 0), **network):
+    simulation = Simulation(shape, inside, link, settings_for(), **network)
     for rank in range(shape.size):
         simulation.allreduce(rank, 1, nbytes // 4, choice=choice)
     took_s = max(run_to_end(simulation).values())
@@ -256,6 +256,12 @@ def test_sums_are_right_whatever_the_jitter_and_the_switch_do_to_the_order():
         assert len(run_to_end(simulation)) == 5 * 4
         assert all((array == 15).all() for arrays in memory for array in arrays)
         simulation.close()
+
+
+def test_a_rank_adds_one_message_at_a_time_whatever_links_they_came_on():
+    size, nbytes = 8, 4 << 20
+    took_s = allreduce_s(Shape((size,)), nbytes, choice=Choice("direct", 0), inside=Link(0, 0, gamma_s_per_byte=1e-10))
+    assert took_s == pytest.approx((size - 1) / size * nbytes * 1e-10)
 
 
 def test_one_rank_that_reduces_slowly_delays_all():
