@@ -10,9 +10,12 @@ the result) or CLAIMED (step() has taken it out of p.grad; its update is still t
 import time
 
 from commlib.torch.arrival import Arrival
+from commlib.torch.chosen_groups import members_of_chosen
+from commlib.torch.compressed import new_group
+from commlib.torch.compression import NoneCompressor
 from commlib.torch.differences import check_alike, told_by_all
 from commlib.torch.groups import (
-    CAME_EARLY, CAME_LATE, LADDER, TOO_MANY_PASSES, ZEROED_IN_FLIGHT, Gradient, Group, Phase, are_ordinary, can_share,
+    CAME_EARLY, CAME_LATE, LADDER, TOO_MANY_PASSES, ZEROED_IN_FLIGHT, Gradient, Phase, are_ordinary, can_share,
     members_of_groups,
 )  # fmt: skip
 from commlib.torch.order import FirstUse
@@ -39,6 +42,7 @@ class GradientExchange:
         presence: a gradient that no rank had stays None; otherwise it becomes zeros, as in Horovod.
         prefix: put before the names of the operations.
         ladder: capacities of groups, see groups.LADDER; None: every gradient by itself.
+        chosen, compression: the user's own groups instead, as from chosen_groups; what dense gradients travel as.
 
     Attributes:
         gradients, parameters: a Gradient per tracked parameter.
@@ -48,13 +52,10 @@ class GradientExchange:
     """
 
     def __init__(self, communicator, *, op, prescale_factor=1.0, postscale_factor=1.0, passes=1, sparse_as_dense=False,
-                 presence=False, prefix="", ladder=LADDER):  # fmt: skip
+                 presence=False, prefix="", ladder=LADDER, chosen=None, compression=NoneCompressor):  # fmt: skip
         self.communicator = communicator
-        self.gradients = []
-        self.parameters = []
-        self.groups = []
-        self.passes = passes
-        self.prefix = prefix
+        self.gradients, self.parameters, self.groups, self.asleep = [], [], [], []
+        self.passes, self.prefix = passes, prefix
         self.exposed_s = 0.0
         self.steps = 0  # how many the optimizer has made
         self.begun = False  # whether gradients have come whose reduction is still to be waited for
@@ -66,10 +67,8 @@ class GradientExchange:
         self._options = {"op": op, "prescale_factor": prescale_factor, "postscale_factor": postscale_factor,
                          "overlapped": True}  # fmt: skip
         self.sparse = SparseSet(sparse_as_dense)
-        self._keeps_none = presence
-        self._ladder = ladder
+        self._keeps_none, self._ladder, self._chosen, self._compression = presence, ladder, chosen, compression
         self._spans = []  # (started_s, done_s) of operations that were waited for
-        self.asleep = []
         self._closed = False  # whether every parameter's gradient of this step has been sent
         self._wants = True  # whether this rank wants new groups
         self._presence = None
@@ -115,7 +114,7 @@ class GradientExchange:
     def _add_group(self, members):
         sparse_dim = self.sparse.dims.get(members[0].number)
         if sparse_dim is None:
-            group = Group(members, self.prefix, self._options)
+            group = new_group(members, self.prefix, self._options, self._compression)
         else:
             group = SparseGroup(members, self.prefix, self._options, sparse_dim)
         group.rest(self.passes)
@@ -427,10 +426,10 @@ class GradientExchange:
         exposed_s = {gradient: group.exposed_s for group in self.groups for gradient in group.gradients}
         for gradient in self.asleep:
             gradient.group, gradient.left = None, 0
-        self.groups = []
-        self._woken.clear()
+        self.groups, self._woken = [], set()
         awake = [gradient for gradient in ordered if gradient.parameter.requires_grad]
-        for members in members_of_groups(awake, self.first_use.cohorts, apart, self._ladder):
+        for members in (members_of_groups(awake, self.first_use.cohorts, apart, self._ladder) if self._chosen is None
+                        else members_of_chosen(awake, self._chosen, self.sparse.dims)):  # fmt: skip
             self._add_group(members)
         for group in self.groups:
             group.exposed_s = max(exposed_s.get(gradient, 0.0) for gradient in group.gradients)

@@ -119,14 +119,16 @@ class Group:
         absent: indices of members of which this rank had no gradient in this step; zeros are sent for them.
         tensors: what is being reduced, or the results; None: no rank had one.
         versions: of the tensors, when they were sent.
-        nbytes, dtype: of the operation.
+        nbytes, dtype: of the gradients.
+        wire_nbytes, wire_dtype: of the operation, which are others if a compressor is used.
         exposed_s: how long the main thread has waited for it, in all steps.
         options: keyword arguments of the operation.
         path: where its bytes were reduced last: a word of storage.py.
     """
 
     __slots__ = ("gradients", "parameters", "name", "priority", "phase", "missing", "absent", "tensors", "versions", "dtype",
-                 "nbytes", "exposed_s", "handle", "options", "path", "_wire", "_views", "_buffer", "_owners")  # fmt: skip
+                 "nbytes", "wire_nbytes", "wire_dtype", "exposed_s", "handle", "options", "path", "_wire", "_views", "_buffer",
+                 "_owners")  # fmt: skip
 
     def __init__(self, gradients, prefix, options):
         first = gradients[0]
@@ -137,6 +139,7 @@ class Group:
         self.options = {"name": prefix + self.name, "priority": self.priority, **options}
         self.dtype = first.parameter.dtype
         self.nbytes = sum(parameter.numel() for parameter in self.parameters) * first.parameter.element_size()
+        self.wire_nbytes, self.wire_dtype = self.nbytes, self.dtype
         self.exposed_s = 0.0
         self.path = PRIVATE
         self._wire = self._views = self._buffer = None

@@ -11,8 +11,10 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 import commlib
+from commlib.torch.chosen_groups import chosen_groups
 from commlib.torch.compression import Compression, checked_compression
 from commlib.torch.gradients import GradientExchange
+from commlib.torch.groups import LADDER
 from commlib.torch.landing import landing_of
 from commlib.torch.limits import check_op
 from commlib.torch.methods import DistributedMethods
@@ -51,11 +53,12 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
         optimizer: any torch.optim.Optimizer; it is changed in place and returned.
         named_parameters: (name, parameter) pairs, usually model.named_parameters(); names match gradients between
             ranks.
-        compression: Compression.none.
+        compression: what dense gradients travel as; one of Compression, or another Compressor.
         backward_passes_per_step: backward passes that accumulate on each rank before a gradient is sent.
         op: Average or Sum over ranks.
         gradient_predivide_factor: with Average, divide by it before the sum and multiply by it after.
-        num_groups, groups: not supported yet.
+        num_groups, groups: gradients that travel as one operation, from the second step on: a number of groups, or lists of
+            parameters; None: commlib makes groups by size and order of need.
         sparse_as_dense: turn sparse gradients into dense ones.
         process_set: the ranks that train together; on the others the optimizer is made and trains by itself.
         model: the nn.Module that is trained, instead of named_parameters.
@@ -84,10 +87,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
         Sergeev and Del Balso, "Horovod: fast and easy distributed deep learning in TensorFlow", 2018, arXiv:1802.05799.
         Peng et al., "A generic communication scheduler for distributed DNN training acceleration", SOSP 2019.
     """
-    if checked_compression(compression) is not Compression.none:
-        raise ValueError(f"compression={compression} is not supported yet: leave it out, or pass Compression.none")
-    if num_groups or groups is not None:
-        raise ValueError("num_groups and groups are not supported yet: leave them out")
+    compression = checked_compression(compression)
     if type(backward_passes_per_step) is not int or backward_passes_per_step < 1:
         raise ValueError(f"backward_passes_per_step must be an int of at least 1, not {backward_passes_per_step!r}")
     _check_objects(optimizer, model, named_parameters)
@@ -99,6 +99,10 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
         sparse_as_dense=sparse_as_dense,
         presence=model is not None,
         prefix=f"{name}." if name else prefix_of(communicator),
+        compression=compression,
+        chosen=chosen_groups(num_groups, groups, trained_by(optimizer)),
+        # What a compressor of the user's own makes of two tensors may not fit into one buffer.
+        ladder=LADDER if compression in (Compression.none, Compression.fp16, Compression.bf16) else None,
         **_scales(op, gradient_predivide_factor),
     )
     names = Names(model, named_parameters)

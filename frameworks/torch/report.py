@@ -93,12 +93,13 @@ def make_report(meter, exchange, overlap, fallbacks):
 
 
 def _described(group, communicator):
-    algorithm, path = _route(communicator, group.nbytes)
+    algorithm, path = _route(communicator, group.wire_nbytes)
     return {
         "name": group.name,
         "priority": group.priority,
         "tensors": [gradient.name for gradient in group.gradients],
-        "nbytes": group.nbytes,
+        "nbytes": group.wire_nbytes,
+        "dtype": str(group.wire_dtype).replace("torch.", ""),
         "algorithm": algorithm,
         "path": path,
         "memory": group.path,

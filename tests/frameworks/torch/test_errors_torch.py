@@ -37,10 +37,11 @@ def test_before_init():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ({"compression": comm.Compression.fp16}, "compression=.* is not supported yet"),
+    ({"compression": 16}, "compression must be one of"),
     ({"process_set": object()}, "process_set must be a ProcessSet"),
-    ({"num_groups": 2}, "num_groups and groups are not supported yet"),
-    ({"groups": []}, "num_groups and groups are not supported yet"),
+    ({"groups": -1}, "groups should be a non-negative integer or a list of list of torch.Tensor"),
+    ({"groups": [torch.ones(1)]}, "groups should be a non-negative integer or a list of list of torch.Tensor"),
+    ({"groups": [[torch.ones(1)]]}, "that this optimizer does not train"),
     ({"op": comm.Adasum}, "Adasum is not supported yet"),
     ({"backward_passes_per_step": 0}, "at least 1"),
     ({"gradient_predivide_factor": 2.0, "op": comm.Sum}, "gradient_predivide_factor not supported with op != Average"),
