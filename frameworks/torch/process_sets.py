@@ -77,6 +77,13 @@ class ProcessSet:
                              "call within `if process_set.included():`")  # fmt: skip
         return self._communicator
 
+    def __deepcopy__(self, memo):
+        """Modules that hold a set are copied; the set is the same."""
+        return self
+
+    def __reduce__(self):
+        return _set_of, (self.ranks,)
+
     def __repr__(self):
         return f"ProcessSet(process_set_id={self.process_set_id}, ranks={self.ranks}, mpi_comm=None)"
 
@@ -97,6 +104,9 @@ class _GlobalProcessSet(ProcessSet):
     def communicator(self):
         """The default communicator."""
         return commlib.communicator()
+
+    def __reduce__(self):
+        return "global_process_set"
 
     def __repr__(self):
         return "global_process_set"
@@ -174,6 +184,12 @@ class _Registry:
 
 # Communicator -> its _Registry. Who is gone takes it along.
 _registries = weakref.WeakKeyDictionary()
+
+
+def _set_of(ranks):
+    """What a pickled set becomes: the registered one of these ranks, or one that is to be registered."""
+    known = _registry().sets.values() if commlib.is_initialized() else ()
+    return next((process_set for process_set in known if process_set.ranks == ranks), None) or ProcessSet(ranks)
 
 
 def _registry():

@@ -1,6 +1,8 @@
 """What ranks run for test_process_sets.py: many small cases per call."""
 
+import copy
 import itertools
+import pickle
 
 import numpy
 import torch
@@ -78,6 +80,19 @@ def check_collectives(process_set):
              comm.reducescatter(x, op=comm.Sum, process_set=process_set)]  # fmt: skip
     sum(part.sum() for part in parts).backward()
     assert x.grad.tolist() == [4.0 + (me == 0)] * size, x.grad
+
+
+def copied():
+    """Modules that hold sets are copied and saved; the sets stay the same, as long as they are registered."""
+    process_set = comm.add_process_set([0, 2])
+    for one in (process_set, comm.global_process_set):
+        module = comm.SyncBatchNorm(2, process_set=one)
+        assert copy.deepcopy(module).process_set is one
+        saved = pickle.dumps(module)
+        assert pickle.loads(saved).process_set is one
+    comm.remove_process_set(process_set)
+    saved = pickle.loads(pickle.dumps(process_set))
+    assert saved.ranks == [0, 2] and saved.process_set_id is None
 
 
 def different_sets():

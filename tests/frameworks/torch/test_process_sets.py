@@ -15,6 +15,10 @@ def test_every_collective_within_subsets(ranks):
         assert all("process is not part of provided process set" in message for message in messages)
 
 
+def test_modules_with_sets_are_copied_and_saved(ranks):
+    ranks.call("process_set_cases:copied")
+
+
 def test_what_is_refused_is_refused_on_all_ranks(ranks):
     first, *others = ranks.call("process_set_cases:different_sets")
     assert others == [first] * 2
