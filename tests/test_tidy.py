@@ -25,7 +25,7 @@ LAYERS = [
     {"session"},
     {"__init__", "run", "launch"},
     {"tune", "tune_report", "simulate", "simulate_report"},
-    {"commands"},
+    {"commands", "horovod"},
     {"__main__"},
 ]
 TOUCH_NATIVE = {"engine", "simulation", "calibrate", "errors"}

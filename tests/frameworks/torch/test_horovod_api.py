@@ -1,6 +1,8 @@
 """Horovod's names, arguments and defaults, and what its users' scripts get from them, on real ranks."""
 
 import inspect
+import pathlib
+import re
 
 import pytest
 
@@ -73,6 +75,19 @@ def test_questions_about_the_build():
     comm.init()
     assert comm.mpi_threads_supported() in (True, False) and comm.mpi_built() in (True, False)
     comm.shutdown()
+
+
+MISSING = ("join", "Adasum", "HostsUpdatedInterrupt", "elastic.run", "elastic.TorchState", "elastic.ElasticSampler")
+
+
+def test_every_name_is_in_the_table_of_the_docs():
+    page = (pathlib.Path(__file__).parents[3] / "docs" / "migrating-from-horovod.md").read_text()
+    words = set(re.findall(r"[\w.]+", " ".join(line for line in page.splitlines() if line.startswith("|"))))
+    assert {*SIGNATURES, "Average", "Sum", "Min", "Max", "Product", "HorovodInternalError", "SyncBatchNorm"} <= words
+    for name in MISSING:
+        row = next(line for line in page.splitlines() if line.startswith("|") and f"`{name}`" in line)
+        assert "| missing |" in row
+        assert not hasattr(comm, name.partition(".")[0]) or name in ("join", "Adasum")
 
 
 @pytest.fixture(scope="module", params=[2, 3])
