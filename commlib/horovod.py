@@ -23,7 +23,7 @@ _ANSWERS = {
     "horovod.torch.optimizer": "commlib.torch.optimizer",
     "horovod.torch.compression": "commlib.torch.compression",
     "horovod.torch.sync_batch_norm": "commlib.torch.sync_batch_norm",
-    "horovod.common.process_sets": "commlib.torch.process_sets",
+    "horovod.common.process_sets": "commlib.process_sets",
 }
 
 _USAGE = "usage: python -m commlib.horovod [-m MODULE | SCRIPT] [ARGUMENTS...]"

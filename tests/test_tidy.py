@@ -25,7 +25,7 @@ LAYERS = [
     {"session"},
     {"__init__", "run", "launch"},
     {"tune", "tune_report", "simulate", "simulate_report"},
-    {"commands", "horovod"},
+    {"commands", "horovod", "process_sets"},
     {"__main__"},
 ]
 TOUCH_NATIVE = {"engine", "simulation", "calibrate", "errors"}

@@ -12,6 +12,9 @@ from commlib import (
     Average, CommlibError, Max, Min, Product, Sum, cross_rank, cross_size, is_homogeneous, is_initialized, local_rank,
     local_size, rank, shutdown, size, stop_timeline,
 )  # fmt: skip
+from commlib.process_sets import (
+    ProcessSet, add_process_set, add_process_sets, global_process_set, remove_process_set,
+)  # fmt: skip
 from commlib.torch.collectives import (
     allgather, allreduce, allreduce_, alltoall, barrier, broadcast, broadcast_, reducescatter,
 )  # fmt: skip
@@ -31,9 +34,6 @@ from commlib.torch.operations import (
     reducescatter_async, synchronize,
 )  # fmt: skip
 from commlib.torch.optimizer import DistributedOptimizer
-from commlib.torch.process_sets import (
-    ProcessSet, add_process_set, add_process_sets, global_process_set, remove_process_set,
-)  # fmt: skip
 from commlib.torch.sparse import sparse_allreduce_async
 from commlib.torch.state import allgather_object, broadcast_object, broadcast_optimizer_state, broadcast_parameters
 from commlib.torch.sync_batch_norm import SyncBatchNorm

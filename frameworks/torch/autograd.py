@@ -8,8 +8,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 import commlib
+from commlib.process_sets import communicator_of
 from commlib.torch import operations
-from commlib.torch.process_sets import communicator_of
 
 
 def is_needed(tensor):

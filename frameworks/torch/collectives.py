@@ -4,6 +4,7 @@ All but the in-place ones are differentiable (autograd.py); operations.py has th
 """
 
 import commlib
+from commlib.process_sets import communicator_of, global_process_set
 from commlib.torch import autograd
 from commlib.torch.compression import Compression, checked_compression
 from commlib.torch.limits import check_op
@@ -11,7 +12,6 @@ from commlib.torch.operations import (
     allgather_async, allreduce_async, allreduce_async_, alltoall_async, broadcast_async, broadcast_async_, op_of,
     reducescatter_async,
 )  # fmt: skip
-from commlib.torch.process_sets import communicator_of, global_process_set
 from commlib.torch.tensors import check_tensor
 
 

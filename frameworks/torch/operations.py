@@ -7,8 +7,8 @@ checks tensors and moves them in and out of Buffers; the core does everything el
 import torch
 
 import commlib
+from commlib.process_sets import communicator_of, global_process_set
 from commlib.torch.limits import check_op
-from commlib.torch.process_sets import communicator_of, global_process_set
 from commlib.torch.tensors import buffer_of, check_tensor, contiguous, tensor_of
 
 

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 import commlib
+from commlib.process_sets import ProcessSet, communicator_of, global_process_set
 from commlib.torch.chosen_groups import chosen_groups
 from commlib.torch.compression import Compression, checked_compression
 from commlib.torch.gradients import GradientExchange
@@ -20,7 +21,6 @@ from commlib.torch.limits import check_op
 from commlib.torch.methods import DistributedMethods
 from commlib.torch.naming import Names
 from commlib.torch.overlapping import Overlapping
-from commlib.torch.process_sets import ProcessSet, communicator_of, global_process_set
 from commlib.torch.state import broadcast_optimizer_state, broadcast_parameters
 from commlib.torch.tensors import overlapping_pair
 from commlib.torch.waiting import Waiting

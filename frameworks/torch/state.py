@@ -8,9 +8,9 @@ import pickle
 import torch
 
 import commlib
+from commlib.process_sets import global_process_set
 from commlib.torch.collectives import allgather, broadcast_
 from commlib.torch.operations import broadcast_async_
-from commlib.torch.process_sets import global_process_set
 from commlib.torch.tensors import real_view
 
 

@@ -9,8 +9,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import commlib
+from commlib.process_sets import communicator_of, global_process_set
 from commlib.torch.operations import begin_allreduce
-from commlib.torch.process_sets import communicator_of, global_process_set
 
 
 class SyncBatchNorm(_BatchNorm):

@@ -1,7 +1,7 @@
-"""Horovod's process sets: some of the ranks, which make collectives among themselves.
+"""Horovod's process sets: some of the ranks, which make collectives among themselves; for the adapters of frameworks.
 
-This file keeps which sets there are, the same on all ranks; the core's `Communicator.group` does the work. Ids count up from
-0, the set of all ranks, and none is used again.
+This file keeps which sets of the default communicator there are, the same on all ranks; `Communicator.group` does the work.
+Ids count up from 0, the set of all ranks, and none is used again.
 """
 
 import json
@@ -25,13 +25,12 @@ class ProcessSet:
         ValueError: not a sequence of ints.
 
     Example:
-        >>> import torch, commlib.torch as comm
-        >>> comm.init()
-        >>> comm.global_process_set.ranks
-        [0]
-        >>> comm.allreduce(torch.ones(1), process_set=comm.global_process_set)
-        tensor([1.])
-        >>> comm.shutdown()
+        >>> import commlib
+        >>> from commlib.process_sets import ProcessSet, global_process_set
+        >>> communicator = commlib.init()
+        >>> global_process_set.ranks, ProcessSet([0]).process_set_id
+        ([0], None)
+        >>> commlib.shutdown()
     """
 
     mpi_comm = None
@@ -40,7 +39,7 @@ class ProcessSet:
         if not isinstance(ranks_or_comm, Iterable) or any(type(rank) is not int for rank in ranks_or_comm):
             raise ValueError(
                 f"ProcessSet should be initialized with a list of process ranks, not {ranks_or_comm!r}; of an mpi4py "
-                "communicator they are comm.allgather(commlib.torch.rank())"
+                "communicator they are comm.allgather(commlib.rank())"
             )
         self.ranks = sorted(ranks_or_comm)
         self.process_set_id = None  # its number, the same on all ranks, while it is registered
