@@ -116,6 +116,28 @@ static void add_event(cl_sim *sim, event new)
     sim->events[child] = new;
 }
 
+/* Large simulations wait for memory most of the time: what comes next, and then what that will look at, is asked for now. */
+static void fetch_early(const cl_sim *sim)
+{
+    for (size_t i = 0; i < 3 && i < sim->nevents; i++) {
+        const event *soon = &sim->events[i];
+        if (soon->kind == EVENT_TIMER)
+            continue;
+        __builtin_prefetch(soon->link);
+        __builtin_prefetch(soon->parcel);
+        __builtin_prefetch((const char *)soon->parcel + 64);
+    }
+    if (sim->nevents == 0 || sim->events[0].kind == EVENT_TIMER)
+        return;
+    const sim_link *link = sim->events[0].link; /* asked for an event ago */
+    const cl_engine *engine = link->base.owner;
+    if (engine == NULL)
+        return;
+    __builtin_prefetch(&engine->peers);
+    __builtin_prefetch(&engine->operations);
+    __builtin_prefetch(link->remote);
+}
+
 static event take_event(cl_sim *sim)
 {
     event first = sim->events[0], last = sim->events[--sim->nevents];
@@ -130,11 +152,7 @@ static event take_event(cl_sim *sim)
         parent = child;
     }
     sim->events[parent] = last;
-    const event *next = &sim->events[0];
-    if (sim->nevents > 0 && next->kind != EVENT_TIMER) { /* large simulations wait for memory most of the time */
-        __builtin_prefetch(next->link);
-        __builtin_prefetch(next->parcel);
-    }
+    fetch_early(sim);
     return first;
 }
 
