@@ -118,3 +118,16 @@ def test_tables_land_between_their_markers(tmp_path):
 ])  # fmt: skip
 def test_reasons_are_one_line_without_paths(error, reason):
     assert environments.reason_of(error) == reason
+
+
+def test_fujitsus_curve_is_fitted_to_the_conventional_schedule_alone():
+    import fujitsu_curve
+
+    found = fujitsu_curve.curve("halving_doubling", [2, 16])
+    two, sixteen = found["rows"]
+    assert sixteen["conventional"] == pytest.approx(10.1, rel=1e-3)
+    assert two["conventional"] < two["ours"] <= two["bound"] <= 2
+    # Its time grows by lg p in latency and bandwidth alike, and the published one does not.
+    assert fujitsu_curve.fit("recursive_doubling") is None
+    text = fujitsu_curve.table({"halving_doubling": found, "recursive_doubling": None})
+    assert "| halving_doubling | 16 | 10.1 |" in text and "| 10.1, 14.7 |" in text and "recursive" not in text
