@@ -14,34 +14,9 @@
 #include <string.h>
 
 #include "engine.h"
+#include "sim_events.h"
 
 enum { INSIDE = 0, BETWEEN = 1, CLASSES = 2 };
-
-typedef enum { EVENT_SWITCH, EVENT_ARRIVE, EVENT_DELIVER, EVENT_END, EVENT_SENT, EVENT_LOST, EVENT_TIMER } event_kind;
-
-struct sim_link;
-
-/* A frame on its way, its payload behind it. */
-typedef struct parcel {
-    struct parcel *next;
-    double ready_s; /* the receiver's port has all of it; before it arrives: not sooner than this */
-    bool has_payload;
-    bool forgotten; /* of a receipt: nobody wants it any more */
-    cl_frame frame;
-    uint8_t payload[];
-} parcel;
-
-typedef struct {
-    double at_s;
-    uint64_t order;
-    event_kind kind;
-    int32_t rank;                  /* timer: whose */
-    union {
-        uint64_t token;            /* timer */
-        struct sim_link *link;     /* else: the link object of the side where it happens */
-    };
-    parcel *parcel;                /* owned; NULL: none */
-} event;
 
 typedef struct sim_link {
     cl_link base;
@@ -49,7 +24,7 @@ typedef struct sim_link {
     struct sim_link *remote;
     int class;
     double last_switch_s, last_arrival_s; /* of what was sent on this link */
-    parcel *first, *last;    /* arrived on this side, not handed over: in order, one at a time */
+    cl_parcel *first, *last;    /* arrived on this side, not handed over: in order, one at a time */
     double last_ready_s;
     bool adding;             /* the engine is adding what was handed over last */
     size_t pending_nbytes;
@@ -81,9 +56,7 @@ struct cl_sim {
     bool *dead, *woken;
     port *ports; /* CLASSES per rank */
     int32_t *to_flush, nto_flush;
-    event *events; /* binary heap by (at_s, order) */
-    size_t nevents, events_capacity;
-    uint64_t order;
+    cl_events events;
     completion *done;
     size_t done_first, ndone, done_capacity;
     int status; /* out of memory somewhere: reported by cl_sim_next */
@@ -91,45 +64,26 @@ struct cl_sim {
 
 /* ---- events -------------------------------------------------------------------------------------------------- */
 
-static bool earlier(const event *a, const event *b)
+static void add_event(cl_sim *sim, cl_event added)
 {
-    return a->at_s < b->at_s || (a->at_s == b->at_s && a->order < b->order);
-}
-
-static void add_event(cl_sim *sim, event new)
-{
-    if (sim->nevents == sim->events_capacity) {
-        size_t capacity = sim->events_capacity == 0 ? 1024 : 2 * sim->events_capacity;
-        event *events = realloc(sim->events, capacity * sizeof(event));
-        if (events == NULL) {
-            sim->status = CL_NO_MEMORY;
-            free(new.parcel);
-            return;
-        }
-        sim->events = events;
-        sim->events_capacity = capacity;
-    }
-    new.order = sim->order++;
-    size_t child = sim->nevents++;
-    for (; child > 0 && earlier(&new, &sim->events[(child - 1) / 2]); child = (child - 1) / 2)
-        sim->events[child] = sim->events[(child - 1) / 2];
-    sim->events[child] = new;
+    if (cl_events_add(&sim->events, added) != CL_OK)
+        sim->status = CL_NO_MEMORY;
 }
 
 /* Large simulations wait for memory most of the time: what comes next, and then what that will look at, is asked for now. */
 static void fetch_early(const cl_sim *sim)
 {
-    for (size_t i = 0; i < 3 && i < sim->nevents; i++) {
-        const event *soon = &sim->events[i];
+    for (size_t i = 0; i < 3 && i < sim->events.count; i++) {
+        const cl_event *soon = &sim->events.entries[i];
         if (soon->kind == EVENT_TIMER)
             continue;
         __builtin_prefetch(soon->link);
         __builtin_prefetch(soon->parcel);
         __builtin_prefetch((const char *)soon->parcel + 64);
     }
-    if (sim->nevents == 0 || sim->events[0].kind == EVENT_TIMER)
+    if (sim->events.count == 0 || sim->events.entries[0].kind == EVENT_TIMER)
         return;
-    const sim_link *link = sim->events[0].link; /* asked for an event ago */
+    const sim_link *link = sim->events.entries[0].link; /* asked for an event ago */
     const cl_engine *engine = link->base.owner;
     if (engine == NULL)
         return;
@@ -138,20 +92,9 @@ static void fetch_early(const cl_sim *sim)
     __builtin_prefetch(link->remote);
 }
 
-static event take_event(cl_sim *sim)
+static cl_event take_event(cl_sim *sim)
 {
-    event first = sim->events[0], last = sim->events[--sim->nevents];
-    size_t parent = 0;
-    for (;;) {
-        size_t child = 2 * parent + 1;
-        if (child + 1 < sim->nevents && earlier(&sim->events[child + 1], &sim->events[child]))
-            child++;
-        if (child >= sim->nevents || !earlier(&sim->events[child], &last))
-            break;
-        sim->events[parent] = sim->events[child];
-        parent = child;
-    }
-    sim->events[parent] = last;
+    cl_event first = cl_events_take(&sim->events);
     fetch_early(sim);
     return first;
 }
@@ -182,31 +125,31 @@ static int32_t rank_of(const sim_link *link)
     return link->remote->base.peer;
 }
 
-static parcel *pack(const cl_frame *frame, const void *payload)
+static cl_parcel *pack(const cl_frame *frame, const void *payload)
 {
-    parcel *packed = malloc(sizeof(parcel) + (payload == NULL ? 0 : frame->nbytes));
+    cl_parcel *packed = malloc(sizeof(cl_parcel) + (payload == NULL ? 0 : frame->nbytes));
     if (packed == NULL)
         return NULL;
-    *packed = (parcel){.has_payload = payload != NULL, .frame = *frame};
+    *packed = (cl_parcel){.has_payload = payload != NULL, .frame = *frame};
     if (payload != NULL)
         memcpy(packed->payload, payload, frame->nbytes);
     return packed;
 }
 
 /* A frame leaves the switch, or the sender if there is none, and will arrive no earlier than what went before. */
-static void travel(cl_sim *sim, sim_link *link, parcel *sent, double start_s)
+static void travel(cl_sim *sim, sim_link *link, cl_parcel *sent, double start_s)
 {
     double alpha_s = sim->classes[link->class].alpha_s + next_jitter_s(sim, link->class);
     double arrive_s = fmax(start_s + alpha_s, link->last_arrival_s);
     link->last_arrival_s = arrive_s;
-    add_event(sim, (event){.at_s = arrive_s, .kind = EVENT_ARRIVE, .link = link->remote, .parcel = sent});
+    add_event(sim, (cl_event){.at_s = arrive_s, .kind = EVENT_ARRIVE, .link = link->remote, .parcel = sent});
 }
 
 /*
  * The switch carries packets of all messages in turn: the first byte passes at once, and the last one when all that the
  * switch was given up to now has passed.
  */
-static void on_switch(cl_sim *sim, sim_link *link, parcel *sent)
+static void on_switch(cl_sim *sim, sim_link *link, cl_parcel *sent)
 {
     if (sent->frame.nbytes > 0) {
         sim->switch_free_s = fmax(sim->now_s, sim->switch_free_s) + sent->frame.nbytes * sim->switch_beta_s_per_byte;
@@ -215,14 +158,14 @@ static void on_switch(cl_sim *sim, sim_link *link, parcel *sent)
     travel(sim, link->remote, sent, sim->now_s);
 }
 
-static void enter(cl_sim *sim, sim_link *link, parcel *sent, double start_s)
+static void enter(cl_sim *sim, sim_link *link, cl_parcel *sent, double start_s)
 {
     if (link->class == INSIDE || sim->switch_beta_s_per_byte == 0) {
         travel(sim, link, sent, start_s);
         return;
     }
     link->last_switch_s = fmax(start_s, link->last_switch_s);
-    add_event(sim, (event){.at_s = link->last_switch_s, .kind = EVENT_SWITCH, .link = link->remote, .parcel = sent});
+    add_event(sim, (cl_event){.at_s = link->last_switch_s, .kind = EVENT_SWITCH, .link = link->remote, .parcel = sent});
 }
 
 static int sim_send(cl_link *base, const cl_frame *frame, const void *payload)
@@ -231,7 +174,7 @@ static int sim_send(cl_link *base, const cl_frame *frame, const void *payload)
     cl_sim *sim = link->sim;
     const cl_sim_link *class = &sim->classes[link->class];
     port *from = port_of(sim, rank_of(link), link->class);
-    parcel *sent = pack(frame, payload), *receipt = NULL;
+    cl_parcel *sent = pack(frame, payload), *receipt = NULL;
     bool carries = frame->nbytes > 0;
     if (sent == NULL || (carries && (receipt = pack(frame, NULL)) == NULL)) {
         free(sent);
@@ -243,7 +186,7 @@ static int sim_send(cl_link *base, const cl_frame *frame, const void *payload)
     if (carries) {
         from->send_free_s = start_s + frame->nbytes * class->beta_s_per_byte;
         link->pending_nbytes += frame->nbytes;
-        add_event(sim, (event){.at_s = from->send_free_s, .kind = EVENT_SENT, .link = link, .parcel = receipt});
+        add_event(sim, (cl_event){.at_s = from->send_free_s, .kind = EVENT_SENT, .link = link, .parcel = receipt});
     }
     return CL_OK;
 }
@@ -256,13 +199,13 @@ static bool reduces(const sim_link *link, const cl_frame *frame)
            peer->operation->plan->steps[peer->step].kind == CL_RECV_REDUCE;
 }
 
-static void end_parcel(sim_link *link, parcel *handed)
+static void end_parcel(sim_link *link, cl_parcel *handed)
 {
     link->base.sink->end(link->base.owner, &link->base, &handed->frame);
     free(handed);
 }
 
-static void hand_over(cl_sim *sim, sim_link *link, parcel *handed)
+static void hand_over(cl_sim *sim, sim_link *link, cl_parcel *handed)
 {
     const cl_sink *sink = link->base.sink;
     const cl_frame *frame = &handed->frame;
@@ -278,13 +221,13 @@ static void hand_over(cl_sim *sim, sim_link *link, parcel *handed)
     }
     double *added_s = &sim->added_s[rank_of(link)]; /* a rank adds one message at a time, whatever link it came on */
     *added_s = fmax(sim->now_s, *added_s) + adding_s;
-    add_event(sim, (event){.at_s = *added_s, .kind = EVENT_END, .link = link, .parcel = handed});
+    add_event(sim, (cl_event){.at_s = *added_s, .kind = EVENT_END, .link = link, .parcel = handed});
 }
 
 static void hand_over_ready(cl_sim *sim, sim_link *link)
 {
     while (!link->adding && link->first != NULL && link->first->ready_s <= sim->now_s) {
-        parcel *handed = link->first;
+        cl_parcel *handed = link->first;
         link->first = handed->next;
         if (link->first == NULL)
             link->last = NULL;
@@ -292,7 +235,7 @@ static void hand_over_ready(cl_sim *sim, sim_link *link)
     }
 }
 
-static void on_arrive(cl_sim *sim, sim_link *link, parcel *arrived)
+static void on_arrive(cl_sim *sim, sim_link *link, cl_parcel *arrived)
 {
     double ready_s = sim->now_s;
     if (arrived->frame.nbytes > 0) {
@@ -310,10 +253,10 @@ static void on_arrive(cl_sim *sim, sim_link *link, parcel *arrived)
     if (arrived->ready_s <= sim->now_s)
         hand_over_ready(sim, link);
     else
-        add_event(sim, (event){.at_s = arrived->ready_s, .kind = EVENT_DELIVER, .link = link});
+        add_event(sim, (cl_event){.at_s = arrived->ready_s, .kind = EVENT_DELIVER, .link = link});
 }
 
-static void on_sent(sim_link *link, parcel *receipt)
+static void on_sent(sim_link *link, cl_parcel *receipt)
 {
     link->pending_nbytes -= receipt->frame.nbytes;
     if (!receipt->forgotten)
@@ -348,8 +291,8 @@ static int sim_pollfd(cl_link *base, uint32_t *events)
 static void sim_forget(cl_link *base, uint64_t key)
 {
     cl_sim *sim = ((sim_link *)base)->sim; /* payloads were copied at send: only receipts are to be recalled */
-    for (size_t i = 0; i < sim->nevents; i++) {
-        event *e = &sim->events[i];
+    for (size_t i = 0; i < sim->events.count; i++) {
+        cl_event *e = &sim->events.entries[i];
         if (e->kind == EVENT_SENT && &e->link->base == base && e->parcel->frame.key == key)
             e->parcel->forgotten = true;
     }
@@ -513,7 +456,7 @@ int cl_sim_new(int32_t size, const int32_t *hosts, const cl_sim_link *inside, co
 static void free_link(sim_link *link)
 {
     while (link != NULL && link->first != NULL) {
-        parcel *next = link->first->next;
+        cl_parcel *next = link->first->next;
         free(link->first);
         link->first = next;
     }
@@ -527,23 +470,15 @@ static void free_links(cl_sim *sim)
     free(sim->links);
 }
 
-static void free_events(cl_sim *sim)
-{
-    for (size_t i = 0; i < sim->nevents; i++)
-        free(sim->events[i].parcel);
-    sim->nevents = 0;
-}
-
 void cl_sim_free(cl_sim *sim)
 {
     if (sim == NULL)
         return;
     for (int32_t r = 0; sim->engines != NULL && r < sim->size; r++)
         cl_engine_free(sim->engines[r]); /* fails what is unfinished; what it says is never delivered */
-    free_events(sim);
+    cl_events_free(&sim->events);
     free_links(sim);
     free(sim->done);
-    free(sim->events);
     free(sim->to_flush);
     free(sim->ports);
     free(sim->woken);
@@ -572,7 +507,7 @@ int cl_sim_timer(cl_sim *sim, int32_t rank, double at_s, uint64_t token)
 {
     if (rank < 0 || rank >= sim->size || !(at_s >= sim->now_s))
         return CL_INVALID;
-    add_event(sim, (event){.at_s = at_s, .kind = EVENT_TIMER, .rank = rank, .token = token});
+    add_event(sim, (cl_event){.at_s = at_s, .kind = EVENT_TIMER, .rank = rank, .token = token});
     return sim->status;
 }
 
@@ -585,7 +520,7 @@ int cl_sim_kill(cl_sim *sim, int32_t rank)
         if (r == rank)
             continue;
         CL_TRY(cl_sim_connect(sim, r, rank)); /* who never wanted it must hear of it all the same */
-        add_event(sim, (event){.at_s = sim->now_s + 1e-3 * sim->settings.lost_ms, .kind = EVENT_LOST,
+        add_event(sim, (cl_event){.at_s = sim->now_s + 1e-3 * sim->settings.lost_ms, .kind = EVENT_LOST,
                                .link = *link_of(sim, r, rank)});
     }
     return sim->status;
@@ -602,7 +537,7 @@ static void flush_woken(cl_sim *sim)
 }
 
 /* A dead rank neither hears nor is heard; what it had given to the network still arrives. */
-static void happen(cl_sim *sim, event *e)
+static void happen(cl_sim *sim, cl_event *e)
 {
     sim_link *link = e->link;
     int32_t rank = rank_of(link);
@@ -628,7 +563,7 @@ static void happen(cl_sim *sim, event *e)
 /* Engines act after all that happens at one time, as a real one does that looks at all its links before it sends. */
 static bool more_happens_now(const cl_sim *sim)
 {
-    return sim->nevents > 0 && sim->events[0].at_s <= sim->now_s;
+    return sim->events.count > 0 && sim->events.entries[0].at_s <= sim->now_s;
 }
 
 int cl_sim_next(cl_sim *sim, int32_t *rank, uint64_t *token)
@@ -647,9 +582,9 @@ int cl_sim_next(cl_sim *sim, int32_t *rank, uint64_t *token)
             flush_woken(sim);
             continue;
         }
-        if (sim->nevents == 0)
+        if (sim->events.count == 0)
             return CL_SIM_IDLE;
-        event e = take_event(sim);
+        cl_event e = take_event(sim);
         sim->now_s = e.at_s;
         if (e.kind == EVENT_TIMER) {
             *rank = e.rank;
