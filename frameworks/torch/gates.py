@@ -237,9 +237,15 @@ def _parameters_in(model):
     return {
         f"{prefix}.{name}" if prefix else name: parameter
         for prefix, module in model.named_modules()
-        for name, parameter in dict.items(module._parameters)
+        for name, parameter in _own_items(module)
         if isinstance(parameter, torch.Tensor)
     }
+
+
+def _own_items(module):
+    """A scripted module keeps its parameters elsewhere, and what stands for its dict is none; no gates are there."""
+    parameters = module._parameters
+    return dict.items(parameters) if isinstance(parameters, dict) else parameters.items()
 
 
 def _reads_by_attribute(module):
