@@ -130,15 +130,20 @@ def test_output_is_labelled_and_kept(mark, agent, tmp_path):
 
 
 def test_much_output_arrives_whole_through_a_slow_reader(mark, agent):
-    process = start("-H", "a,b", *agent, "--prefix-output", "--heartbeat-timeout", "2", "seq", "1", "100000",
+    count, lines, seen = 300_000, [], set()
+    process = start("-H", "a,b", *agent, "--prefix-output", "--heartbeat-timeout", "2", "seq", "1", str(count),
                     env=environ_with(mark))  # fmt: skip
-    wait_for(lambda: len(ranks_of(mark)) == 2, "nothing was started")
+    while seen != {"0", "1"}:
+        lines.append(process.stdout.readline())
+        assert lines[-1], process.stderr.read()
+        seen.add(lines[-1][1])
     time.sleep(3.0)  # nobody reads: pipes fill, hosts hold their ranks back, and nobody takes commrun for dead
-    out, err = process.communicate(timeout=20.0)
-    assert process.returncode == 0, err
-    for rank in (0, 1):
-        lines = [line for line in out.splitlines() if line[1] == str(rank)]
-        assert [int(line.partition(":")[2]) for line in lines] == list(range(1, 100001))
+    lines += process.stdout.read().splitlines()
+    assert process.wait(20.0) == 0, process.stderr.read()
+    process.stdout.close()
+    process.stderr.close()
+    for rank in "01":
+        assert [int(line.partition(":")[2]) for line in lines if line[1] == rank] == list(range(1, count + 1))
 
 
 def test_a_reader_that_leaves_ends_the_job(mark, agent):

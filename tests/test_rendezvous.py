@@ -165,8 +165,11 @@ def test_a_rank_that_gives_up_tells_why():
 
 
 def test_a_broken_connection_is_bad_news_at_once():
+    everybody_is_ready = threading.Barrier(3)
+
     def body(store):
         store.gather("ready", b"")
+        everybody_is_ready.wait(TIMEOUT_S)  # else the news may reach a rank that still asks who is ready
         if store.rank == 1:
             store._channel.sock.shutdown(socket.SHUT_RDWR)  # as the kernel does for a dead process
             return None
