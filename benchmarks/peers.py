@@ -137,7 +137,7 @@ OURS = ("commlib", "commlib_prepared", "commlib_shared")
 
 
 def _commrun(size):
-    return ["commrun", "-np", str(size)]
+    return ["commrun", "--bind-to-cores", "-np", str(size)]  # as MPI libraries bind theirs
 
 
 def _mpirun(size):

@@ -352,3 +352,13 @@ def test_a_real_torchrun(mark):
     command = [program("torchrun"), "--no-python", "--nproc-per-node", "2", sys.executable, "-c", GATHER]
     ran = subprocess.run(command, env=environ_with(mark), capture_output=True, timeout=60, text=True, check=False)
     assert ran.stdout.splitlines() == ["torchrun [b'0', b'1']"] * 2, ran.stderr
+
+
+def test_ranks_are_bound_to_their_share_of_the_cores():
+    program = "import os; print(sorted(os.sched_getaffinity(0)))"
+    mine = sorted(os.sched_getaffinity(0))
+    for words, wanted in ((["--bind-to-cores"], [mine[:len(mine) // 2], mine[len(mine) // 2:]]), ([], [mine, mine])):
+        if len(mine) < 2:
+            wanted = [mine, mine]
+        ran = run("-np", "2", *words, sys.executable, "-c", program)
+        assert sorted(ran.out.splitlines()) == sorted(map(str, wanted)), ran.err

@@ -78,8 +78,8 @@ class Cluster:
     def _prepare(self) -> None:
         options = self._options
         environ = {**environment.forwarded(self._environ, options.variables), VARIABLE: new_secret()}
-        header = {"op": "job", "cwd": options.wdir or os.getcwd(), "command": options.command, "lost_s": self._links.lost_s,
-                  "calls": self._caller is not None}
+        header = {"op": "job", "cwd": options.wdir or os.getcwd(), "command": options.command, "binds": options.bind_to_cores,
+                  "lost_s": self._links.lost_s, "calls": self._caller is not None}
         for link in self._links.all:
             for start in range(0, len(self._caller.call) if self._caller else 0, _CALL_NBYTES):
                 link.send({"op": "call"}, self._caller.call[start:start + _CALL_NBYTES])

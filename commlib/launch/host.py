@@ -21,6 +21,7 @@ from commlib.bootstrap import StartError
 from commlib.connect import host_identity
 from commlib.launch import environment, network, processes, survey
 from commlib.launch.caller import DESCRIPTOR, file_of
+from commlib.launch.cores import share
 from commlib.launch.words import FOR_HOST_ONLY, LOST_S, MARK, beat_s
 from commlib.launch.loop import WRITE, Loop
 from commlib.launch.ranks import Ranks, firmly
@@ -159,9 +160,10 @@ class Host:
         for local_rank, rank in enumerate(header["ranks"]):
             environ = environment.of_rank(self._job["environ"], rank, header["size"], local_rank, len(header["ranks"]),
                                           header["index"], header["hosts"], header["store"], header["job"], True)
+            cores = share(os.sched_getaffinity(0), local_rank, len(header["ranks"])) if self._job["binds"] else ()
             stdin = file_of(bytes(self._call)) if self._job["calls"] else subprocess.DEVNULL
             try:
-                pid = self._ranks.start(rank, self._job["command"], environ, stdin, self._sinks(rank))
+                pid = self._ranks.start(rank, self._job["command"], environ, stdin, self._sinks(rank), cores)
             except OSError as error:
                 self._refuse(f"cannot start rank {rank}: {error}; start fewer ranks there, or raise ulimit -u and ulimit -n")
                 return

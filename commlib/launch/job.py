@@ -14,6 +14,7 @@ from typing import Dict, List, Optional, Tuple
 
 from commlib.launch import environment, processes
 from commlib.launch.caller import DESCRIPTOR, Caller, file_of
+from commlib.launch.cores import share
 from commlib.launch.loop import Loop
 from commlib.launch.output import say, terminal_of
 from commlib.launch.ranks import Ranks, firmly, gently
@@ -62,8 +63,9 @@ class Job:
             environ = {**environment.of_rank(self._environ, rank, self._size, rank, self._size, 0, 1, store, job, self._captures),
                        VARIABLE: self._secret}
             stdin = self._stdin(rank)
+            cores = share(os.sched_getaffinity(0), rank, self._size) if self._options.bind_to_cores else ()
             try:
-                pid = self._ranks.start(rank, self._options.command, environ, stdin, self._sinks(rank))
+                pid = self._ranks.start(rank, self._options.command, environ, stdin, self._sinks(rank), cores)
             except OSError as error:
                 say(f"cannot start rank {rank}: {error}; start fewer ranks, or raise ulimit -u and ulimit -n")
                 self._stop(1, [(signal.SIGKILL, 0.0)])

@@ -87,6 +87,8 @@ def _add_places(add) -> None:
     add("-np", "--num-proc", dest="size", type=_count, metavar="N", help="number of ranks; all slots of the hosts if left out")
     add("-H", "--hosts", metavar="HOST:SLOTS,...", help="hosts with the number of ranks that each may get, filled in this order")
     add("--hostfile", metavar="FILE", help='the same from a file, one "HOST slots=N" or "HOST:N" per line')
+    add("--bind-to-cores", action="store_true", help="give each rank an equal share of the host's cores for itself; not where "
+                                                     "several jobs share a host, as each would take the same")
     add("--config-file", metavar="FILE", help='further options from a JSON file, such as {"np": 4, "hosts": "a:4"}; '
                                               "those of the command line win")
 

@@ -21,18 +21,20 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def start(command: Sequence[str], environ: Mapping[str, str], stdin, outputs: Mapping[int, int]) -> int:
+def start(command: Sequence[str], environ: Mapping[str, str], stdin, outputs: Mapping[int, int],
+          cores: Sequence[int] = ()) -> int:
     """Starts a command that dies with this process, leading a session of its own; returns its pid.
 
     Args:
         stdin: as subprocess takes it.
         outputs: descriptor of the command -> our descriptor that it shall be; 1 and 2 are inherited if they are not here.
+        cores: that it is bound to; none: it may run on all of ours.
     Raises:
         OSError: the system has no room for another process.
     """
     extra = {theirs: ours for theirs, ours in outputs.items() if theirs > 2}
     moves = ",".join(f"{ours}:{theirs}" for theirs, ours in extra.items())
-    wrapper = [*_PROGRAM, os.path.join(_HERE, "child.py"), str(os.getpid()), moves]
+    wrapper = [*_PROGRAM, os.path.join(_HERE, "child.py"), str(os.getpid()), moves, ",".join(map(str, cores))]
     process = subprocess.Popen([*wrapper, *command], env=environ, stdin=stdin, stdout=outputs.get(1), stderr=outputs.get(2),
                                start_new_session=True, pass_fds=tuple(extra.values()))
     process.returncode = 0  # `reap` waits for it, not subprocess

@@ -38,11 +38,12 @@ class Ranks:
         self._guard = processes.start_guard()
 
     def start(self, rank: int, command: Sequence[str], environ: Dict[str, str], stdin,
-              sinks: Sequence[Tuple[int, Callable[[bytes], None], Callable[[], None]]]) -> int:
+              sinks: Sequence[Tuple[int, Callable[[bytes], None], Callable[[], None]]], cores: Sequence[int] = ()) -> int:
         """Starts one rank; returns its pid.
 
         Args:
             sinks: (descriptor in the rank, write, close) of each output that shall be read here; see `Stream`.
+            cores: that the rank is bound to; none: it is not.
         Raises:
             OSError: the system has no room for another process.
         """
@@ -51,7 +52,7 @@ class Ranks:
             for descriptor, write, close in sinks:
                 reader, writers[descriptor] = os.pipe()
                 self._watch(Stream(reader, write, close))
-            pid = processes.start(command, environ, stdin, writers)
+            pid = processes.start(command, environ, stdin, writers, cores)
         finally:
             for writer in writers.values():
                 os.close(writer)
