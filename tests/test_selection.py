@@ -78,7 +78,7 @@ def test_tabled_algorithm_must_fit():
 
 
 @pytest.mark.parametrize("kind", sorted(algorithms.KINDS))
-def test_choice_is_cheapest_and_bounded(kind):
+def test_choice_is_cheap_and_bounded(kind):
     for shape, nbytes, segment_nbytes in itertools.product(SHAPES, SIZES, (1024, 1 << 20)):
         settings = Settings(segment_nbytes=segment_nbytes)
         choice = select(kind, nbytes, shape, settings)
@@ -90,7 +90,7 @@ def test_choice_is_cheapest_and_bounded(kind):
         candidates = algorithms.applicable(kind, shape)
         size = settings.uneven_nbytes * shape.size if kind in ("allgather", "alltoall") else nbytes
         costs = {name: cost_s(module, shape, size, machine_of(settings)) for name, module in candidates.items()}
-        assert costs[choice.algorithm] == min(costs.values())
+        assert costs[choice.algorithm] <= (1.25 if shape.hosts > 1 else 1.0) * min(costs.values())
         for name in candidates:
             assert select(kind, nbytes, shape, settings.replace(algorithms=((kind, name),))).algorithm == name
 
