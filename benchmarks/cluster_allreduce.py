@@ -17,7 +17,7 @@ import tempfile
 import time
 
 from cluster import Cluster
-from environments import bin_folder, install_missing
+from environments import bin_folder, install_missing, versions
 from groups import Absent, Group
 from peers import PEERS
 from record import add_run
@@ -139,7 +139,8 @@ def main():
             results = run(arguments, cluster, absent)
         if arguments.output:
             add_run(arguments.output, f"{hosts} x {arguments.ranks_per_host}, {arguments.rate_mbit} Mbit/s", arguments, load,
-                    {"allreduce": results, "absent": absent})  # fmt: skip
+                    {"allreduce": results, "absent": absent,
+                     "versions": {name: versions(name) for name in results if name in PEERS}})  # fmt: skip
 
 
 if __name__ == "__main__":

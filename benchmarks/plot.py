@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py
 
-Reads benchmarks/results/*.json; writes docs/allreduce.svg, and into README.md whatever stands between
+Reads benchmarks/results/*.json; writes docs/*.svg, and into README.md and docs/scaling.md whatever stands between
 `<!-- table: NAME -->` and `<!-- end -->` for the names of TABLES.
 """
 
@@ -12,6 +12,7 @@ import pathlib
 import re
 import statistics
 
+from cluster import PAYLOAD_SHARE
 from peers import OURS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -20,7 +21,7 @@ BASELINE = "gloo"
 
 def load(folder):
     """{name of the benchmark: its record} of those that were run."""
-    names = ("allreduce", "latency", "torch_link", "torch_overhead", "torch_training", "scaling")
+    names = ("allreduce", "latency", "torch_link", "torch_overhead", "torch_training", "scaling", "cluster_allreduce")
     paths = [folder / f"{name}.json" for name in names]
     return {path.stem: json.loads(path.read_text()) for path in paths if path.exists()}
 
@@ -109,8 +110,21 @@ def torch_overhead_table(records):
 
 
 def about_runs(runs):
-    """A line on each run: where and how loaded."""
-    return [f"{name}: {about(run)}" for name, run in runs.items()]
+    """The machine and the versions once, and how loaded it was in each run."""
+    machine, versions = next(iter(runs.values()))["machine"], packages_of([run["versions"] for run in runs.values()])
+    loads = [f"{name}: {run['load_before'][0]:.1f}, {run['load_after'][0]:.1f}, {run['commit']}, {run['date'][:10]}"
+             for name, run in runs.items()]  # fmt: skip
+    return [f"{machine['processor'] or machine['architecture']}, {machine['cores']} cores; {versions}. Load average before and "
+            f"after, commit and day: {'; '.join(loads)}."]  # fmt: skip
+
+
+def packages_of(records):
+    """The versions of several runs as words: of packages, or of each peer's packages."""
+    packages = {}
+    for versions in records:
+        for name, version in versions.items():
+            packages.update(version if isinstance(version, dict) else {name: version})
+    return ", ".join(f"{package} {version}" for package, version in packages.items())
 
 
 def training_table(records):
@@ -147,11 +161,33 @@ def scaling_table(records):
     return "\n".join([*markdown(lines), "", "Milliseconds per step.", "", *about_runs(runs)])
 
 
+def cluster_table(records):
+    """All-reduce between hosts: milliseconds, share of the links' ceiling, and bytes sent."""
+    runs = records["cluster_allreduce"]["runs"]
+    lines = [["hosts x ranks, links", "bytes", "library", "milliseconds", "of the ceiling", "bytes sent per byte", "CPU s per GB"]]
+    for name, run in runs.items():
+        hosts, rate = int(name.split()[0]), run["arguments"]["rate_mbit"] * 1e6 / 8 * PAYLOAD_SHARE
+        for nbytes in dict.fromkeys(size for sizes in run["allreduce"].values() for size in sizes):
+            for peer, sizes in run["allreduce"].items():
+                if nbytes not in sizes:
+                    continue
+                times_s, sent_nbytes, cpu_s = sizes[nbytes]
+                median_s, least_s = statistics.median(times_s), 2 * (hosts - 1) / hosts * int(nbytes) / rate
+                large = int(nbytes) >= 1 << 20  # below, latency counts, and a bucket's worth passes unshaped
+                lines.append([
+                    name, size_text(int(nbytes)), peer, milliseconds(median_s) if large else f"{median_s * 1e3:.3f}",
+                    f"{least_s / median_s:.3f}" if large else "", f"{sent_nbytes / int(nbytes):.2f}" if large else "",
+                    f"{cpu_s / sent_nbytes * 1e9:.2f}" if large and cpu_s is not None else "",
+                ])  # fmt: skip
+    return "\n".join([*markdown(lines), "", *about_runs(runs)])
+
+
 # As the schedules of emulated.py are called in tables.
 SCHEDULES = {"none": "no overlap", "backward": "overlaps backward, buckets", "unordered": "overlaps both, unordered",
              "ours": "overlaps both, needed first"}  # fmt: skip
 
 TABLES = {
+    "cluster_allreduce": ("cluster_allreduce", cluster_table),
     "scaling": ("scaling", scaling_table),
     "torch_link": ("torch_link", torch_link_table),
     "torch_overhead": ("torch_overhead", torch_overhead_table),
@@ -170,13 +206,9 @@ def markdown(lines):
 def about(record):
     """On what machine, how loaded, with which versions."""
     machine = record["machine"]
-    versions = record["versions"]
-    packages = {}
-    for name, version in versions.items():  # of packages, or of each peer's packages
-        packages.update(version if isinstance(version, dict) else {name: version})
     before, after = record["load_before"][0], record["load_after"][0]
     return (f"{machine['processor'] or machine['architecture']}, {machine['cores']} cores, load average {before:.1f} before "
-            f"and {after:.1f} after; {', '.join(f'{package} {version}' for package, version in packages.items())}; "
+            f"and {after:.1f} after; {packages_of([record['versions']])}; "
             f"commit {record['commit']}, {record['date'][:10]}.")  # fmt: skip
 
 
@@ -222,18 +254,21 @@ def size_text(nbytes):
     return f"{nbytes} MB"
 
 
-def write_tables(records, path):
-    """Replaces what stands between the markers of a file; returns what there is to say."""
-    text, said = path.read_text(encoding="utf-8"), []
+def write_tables(records, paths):
+    """Replaces what stands between the markers of files; returns what there is to say."""
+    texts, said = {path: path.read_text(encoding="utf-8") for path in paths}, []
     for name, (needed, make) in TABLES.items():
         if needed not in records:
             said.append(f"table {name}: run benchmarks/{needed}.py first")
             continue
         marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        table = make(records)
-        text, count = marked.subn(lambda match: f"{match[1]}{table}\n{match[2]}", text)
-        said.append(f"table {name}: {count} in {path.name}" if count else f"{path.name} has no marker for this:\n\n{table}\n")
-    path.write_text(text, encoding="utf-8")
+        table, places = make(records), []
+        for path, text in texts.items():
+            texts[path], count = marked.subn(lambda match: f"{match[1]}{table}\n{match[2]}", text)
+            places += [f"{count} in {path.name}"] if count else []
+        said.append(f"table {name}: {', '.join(places)}" if places else f"there is no marker for this:\n\n{table}\n")
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
     return said
 
 
@@ -289,7 +324,7 @@ def main():
     parser.add_argument("--plots", type=pathlib.Path, default=ROOT / "docs", metavar="FOLDER")
     arguments = parser.parse_args()
     records = load(arguments.results)
-    print("\n".join(write_tables(records, arguments.readme)))
+    print("\n".join(write_tables(records, [arguments.readme, arguments.plots / "scaling.md"])))
     if "allreduce" in records:
         draw(records["allreduce"], arguments.plots / "allreduce.svg")
         print(f"plot: {arguments.plots / 'allreduce.svg'}")

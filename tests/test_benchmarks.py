@@ -60,7 +60,7 @@ def test_tables_of_training_steps():
     link = {**about, "bounds_s": {"both passes": 0.2}, "medians_s": ways, "nbytes": 4_000_000, "parameters": 7}
     table = plot.torch_link_table({"torch_link": {"runs": {"gpt, cpu": link}}})
     assert "| gpt, cpu | 4 MB in 7 tensors | 200 | 210 (1.05x) | 240 (1.20x) | 300 (1.50x) | 150 (0.75x) | 100 (0.50x) |" in table
-    assert "gpt, cpu: P, 2 cores, load average 0.5 before and 1.5 after; torch 2; commit c0ffee" in table
+    assert "P, 2 cores; torch 2. Load average before and after, commit and day: gpt, cpu: 0.5, 1.5, c0ffee" in table
     overhead = {**about, "parameters": 10, "times_s": {"plain": [0.010, 0.012], "one rank": [0.010, 0.0122]}}
     table = plot.torch_overhead_table({"torch_overhead": {"runs": {"width 4": overhead}}})
     assert "| width 4 | 11.0 ms | +0.9%, +10.0 us per parameter |" in table
@@ -102,7 +102,7 @@ def test_emulated_training_starts_every_message_once_a_step_and_waits_for_it(nam
 def test_tables_land_between_their_markers(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- table: latency -->\nold\n<!-- end -->\nb\n")
-    said = plot.write_tables({"latency": LATENCY}, readme)
+    said = plot.write_tables({"latency": LATENCY}, [readme])
     text = readme.read_text()
     assert text.startswith("a\n<!-- table: latency -->\nMicroseconds") and text.endswith("\n<!-- end -->\nb\n")
     assert "old" not in text and "table latency: 1 in README.md" in said
