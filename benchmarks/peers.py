@@ -137,7 +137,7 @@ OURS = ("commlib", "commlib_prepared", "commlib_shared")
 
 
 def _commrun(size):
-    return ["commrun", "--bind-to-cores", "-np", str(size)]  # as MPI libraries bind theirs
+    return ["commrun", "--bind-to-cores", "-np", str(size)]  # as Intel MPI binds its ranks
 
 
 def _mpirun(size):

@@ -78,18 +78,7 @@ def run_parts(path, library, size, *parts, **kwargs):
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_everything(path, library, size, transport):
     run_parts(path, library, size, "collectives", "own_collectives", "mismatches", "cycles", "subcommunicators", "early_leaver",
-              transport=transport)  # fmt: skip
-
-
-@pytest.mark.parametrize("transport", ["auto", "mpi"])
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_mpi_that_ends_first(path, library, size, transport):
-    printed = run(path, library, size, HERE / "mpi_rank.py", "mpi_ends_first", transport=transport, ends_well=False)
-    if "pthread_mutex_destroy: Device or resource busy" in printed:
-        pytest.xfail("MPICH 5.0.2 aborts inside MPI_Finalize in about one run of ten: cause not found, see docs/mpi.md")
-    for rank in range(size):
-        assert f"rank {rank}: mpi_ends_first" in printed, printed
+              "mpi_ends_first", transport=transport)  # fmt: skip
 
 
 def test_the_transport_alone_finds_the_communicator(path):
