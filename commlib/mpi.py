@@ -227,23 +227,51 @@ class Meeting:
             self._comm.Free()
 
     def _end_before_mpi(self, engine: object) -> Callable[[], None]:
-        """Shuts the engine down if MPI_Finalize comes first. Returns a function that takes this back."""
+        """Shuts the engine down if MPI is to end first. Returns a function that takes this back."""
         MPI, engine = self._mpi, weakref.ref(engine)
 
-        def finalizing(comm, key, value):
+        def end(*_):
             living = engine()
             if living is not None:
                 living.shutdown(int(_LAST_WORDS_S * 1000))
 
-        key = MPI.Comm.Create_keyval(delete_fn=finalizing)
-        MPI.COMM_SELF.Set_attr(key, True)  # MPI_Finalize begins with the attributes of MPI_COMM_SELF
+        take_back = [_call_before_finalize(MPI, end), _call_in_finalize(MPI, end)]
+        return lambda: [function() for function in take_back]
 
-        def take_back():
-            if not MPI.Is_finalized() and MPI.COMM_SELF.Get_attr(key) is not None:
-                MPI.COMM_SELF.Delete_attr(key)
-                MPI.Comm.Free_keyval(key)
 
-        return take_back
+def _call_before_finalize(MPI: object, function: Callable[[], None]) -> Callable[[], None]:
+    """`MPI.Finalize()` calls the function first. Returns a function that takes this back.
+
+    MPICH switches its locks off where MPI_Finalize begins, before it calls anybody: a thread that is inside of an MPI
+    call then leaves a lock behind, of which MPI_Finalize dies. So our thread must have ended before.
+    """
+    finalize = MPI.Finalize
+
+    @functools.wraps(finalize)
+    def Finalize():
+        function()
+        finalize()
+
+    MPI.Finalize = Finalize
+
+    def take_back():
+        if MPI.Finalize is Finalize:
+            MPI.Finalize = finalize
+
+    return take_back
+
+
+def _call_in_finalize(MPI: object, function: Callable[[], None]) -> Callable[[], None]:
+    """For an MPI_Finalize that others call: it begins with the attributes of MPI_COMM_SELF. Returns as above."""
+    key = MPI.Comm.Create_keyval(delete_fn=function)
+    MPI.COMM_SELF.Set_attr(key, True)
+
+    def take_back():
+        if not MPI.Is_finalized() and MPI.COMM_SELF.Get_attr(key) is not None:
+            MPI.COMM_SELF.Delete_attr(key)
+            MPI.Comm.Free_keyval(key)
+
+    return take_back
 
 
 def _number(MPI: object, handle: object) -> int:

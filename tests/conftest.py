@@ -9,6 +9,9 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from support import Ranks  # noqa: E402
 
+# Unbuffered, print() writes a line and its end apart, and the lines of ranks that share a pipe could come out mixed.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 
 @pytest.fixture(scope="session")
 def ranks_of():

@@ -10,6 +10,8 @@ from mpi4py import MPI
 
 import commlib
 
+finalize = MPI.Finalize  # the library's own, whatever is put in its place
+
 WORLD = MPI.COMM_WORLD
 RANK = WORLD.rank
 SIZES = (1, 17, 4000, 5000, 70_000, 1_500_000)  # within a message, at its border, of several pieces
@@ -141,11 +143,19 @@ def early_leaver():
         commlib.shutdown()
 
 
-def mpi_ends_first():
+def mpi_ends_first(end=None):
+    commlib.init(comm=WORLD)
+    commlib.shutdown()
+    assert MPI.Finalize is finalize, "what was put in its place is taken back"
     communicator = commlib.init(comm=WORLD)
     assert communicator.allreduce(np.ones(100_000), op=commlib.Sum)[0] == WORLD.size
-    MPI.Finalize()
+    (end or MPI.Finalize)()
     expect_raises(commlib.ShutdownError, "closed", communicator.barrier)
+    assert MPI.Finalize is finalize
+
+
+def mpi_ends_unseen():
+    mpi_ends_first(finalize)
 
 
 def somebody_is_missing():

@@ -113,7 +113,7 @@ def test_environment_and_folder_travel(mark, agent, tmp_path):
 
 def test_ranks_import_what_lies_beside_their_script(mark, agent, tmp_path):
     (tmp_path / "beside.py").write_text("WORD = 'found'")
-    (tmp_path / "script.py").write_text("import beside\nprint(beside.WORD)")
+    (tmp_path / "script.py").write_text("import beside, sys\nsys.stdout.write(beside.WORD + '\\n')")
     ran = run("-H", "a,b", *agent, sys.executable, tmp_path / "script.py", env=environ_with(mark))
     assert ran.out.split() == ["found"] * 2, ran.err
 

@@ -81,6 +81,11 @@ def test_everything(path, library, size, transport):
               "mpi_ends_first", transport=transport)  # fmt: skip
 
 
+@pytest.mark.parametrize("library", [name for name in LIBRARIES if name == "openmpi"])
+def test_an_end_of_mpi_that_is_not_seen_coming(path, library):
+    run_parts(path, library, 4, "mpi_ends_unseen", transport="mpi")  # MPICH's way to end does not always survive it
+
+
 def test_the_transport_alone_finds_the_communicator(path):
     code = "import commlib; c = commlib.init(); c.barrier(); print(f'{c.rank} of {c.size} by {c.settings.transport}')"
     printed = run(path, "here", 2, "-c", code, transport="mpi")
