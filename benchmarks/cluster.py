@@ -10,6 +10,7 @@ a kernel with veth, bridges and tbf. This file knows hosts and links; what runs 
 
 import contextlib
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -92,6 +93,11 @@ exec ip netns exec {self.name}-$host unshare --uts --mount sh -c "hostname h$hos
         path = "/sys/class/net/eth0/statistics/tx_bytes"
         return int(_run(["ip", "netns", "exec", self._namespace(host), "cat", path]))
 
+    def cpu_s(self):
+        """Processor seconds of all that runs on the hosts, so far."""
+        pids = [pid for host in range(self.hosts) for pid in _run(["ip", "netns", "pids", self._namespace(host)]).split()]
+        return sum(map(_cpu_s, pids))
+
     def _namespace(self, host):
         return f"{self.name}-{host}"
 
@@ -125,6 +131,15 @@ exec ip netns exec {self.name}-$host unshare --uts --mount sh -c "hostname h$hos
             prefix, _, rest = namespace.rpartition("-")
             if prefix == self.name and (rest.isdigit() or rest == "switch"):
                 subprocess.run(["ip", "netns", "del", namespace], stderr=subprocess.DEVNULL, check=False)
+
+
+def _cpu_s(pid):
+    """User and system time of a process; 0 if it has ended."""
+    try:
+        fields = pathlib.Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _mac(host):

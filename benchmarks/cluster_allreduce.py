@@ -1,11 +1,11 @@
 """Blocking all-reduce between the hosts of an emulated cluster: commlib beside every peer, over links of a limited rate.
 
     sudo python benchmarks/cluster_allreduce.py --hosts 2 4 8 --rate-mbit 1000 --output benchmarks/results/cluster_allreduce.json
-    sudo python benchmarks/cluster_allreduce.py --hosts 2 --ranks-per-host 2 --peers commlib commlib_flat
+    sudo python benchmarks/cluster_allreduce.py --hosts 2 --ranks-per-host 2 --peers commlib commlib_flat_ring commlib_flat_doubling
 
 Every peer's ranks are started once, on their hosts, and take turns. Beside the times stand the share of the link's payload
 ceiling that was reached (an all-reduce must send 2 (N - 1) / N of the message from every host), the bytes that left host 0
-for each byte of the message (by its interface's counter), and rank 0's processor time for each GB that it sent.
+for each byte of the message (by its interface's counter), and the processor time of all ranks for each GB that they sent.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from scaling import SECRET, communication_s
 
 SIZES = (4 << 10, 25 << 20, 100 << 20)
 PORT = 29631
+LARGE_NBYTES = 1 << 20  # from here on processor time is known well enough
 REPEATS = {4 << 10: 100}  # of a size; others: OTHER_REPEATS
-OTHER_REPEATS = 3
+OTHER_REPEATS = 5
 # Ranks that poll would starve those of other hosts, which here share the cores.
 YIELDING = {"I_MPI_THREAD_YIELD": "2", "I_MPI_PIN": "0", "CCL_YIELD": "sched_yield"}
 # Shared memory would be found across the network namespaces of one machine.
@@ -49,8 +50,9 @@ def _open_mpi(agent, hosts, ranks_per_host):
 
 
 LAUNCHERS = {"mpich": _hydra, "openmpi": _open_mpi, "intelmpi": _intel, "oneccl": _intel}
-# commlib with an algorithm that does not know of hosts, for comparison.
-VARIANTS = {"commlib_flat": ("commlib", {"COMMLIB_ALGORITHMS": "allreduce=ring"})}
+# commlib with algorithms that do not know of hosts, for comparison.
+VARIANTS = {f"commlib_flat_{short}": ("commlib", {"COMMLIB_ALGORITHMS": f"allreduce={name}"})
+            for short, name in (("ring", "ring"), ("doubling", "recursive_doubling"), ("halving", "halving_doubling"))}
 
 
 class ClusterGroup(Group):
@@ -83,19 +85,19 @@ class ClusterGroup(Group):
 
 
 def measure(group, nbytes):
-    """Seconds of each repeat, bytes that left host 0 in each, and rank 0's processor seconds in each (None: not known)."""
+    """Seconds of each repeat, bytes that left host 0 in each, and processor seconds of all hosts in each."""
     repeats = REPEATS.get(nbytes, OTHER_REPEATS)
     group.order("blocking", nbytes=nbytes, repeats=2)  # memory is touched, windows open
-    before_s, before_nbytes = group.order("cpu"), group.cluster.sent_nbytes(0)
+    before_s, before_nbytes = group.cluster.cpu_s(), group.cluster.sent_nbytes(0)
     times_s = group.order("blocking", nbytes=nbytes, repeats=repeats)
-    cpu_s = [after_s - begin_s for begin_s, after_s in zip(before_s, group.order("cpu"))]
-    return times_s, (group.cluster.sent_nbytes(0) - before_nbytes) / repeats, cpu_s[0] / repeats if cpu_s else None
+    cpu_s = group.cluster.cpu_s() - before_s
+    return times_s, (group.cluster.sent_nbytes(0) - before_nbytes) / repeats, cpu_s / repeats
 
 
 def show(name, cluster, nbytes, times_s, sent_nbytes, cpu_s):
     median_s = statistics.median(times_s)
     ceiling_s = communication_s(nbytes, cluster.hosts, cluster.payload_bytes_per_s)
-    cpu = "" if cpu_s is None or sent_nbytes == 0 else f"  {cpu_s / sent_nbytes * 1e9:6.2f} CPU s/GB"
+    cpu = f"  {cpu_s / cluster.hosts / sent_nbytes * 1e9:6.2f} CPU s/GB" if nbytes >= LARGE_NBYTES else ""
     print(f"  {name:<14}{nbytes:>11} B  {median_s * 1e3:9.3f} ms  {ceiling_s / median_s:6.3f} of the ceiling  "
           f"{sent_nbytes / nbytes:5.2f} sent per byte{cpu}", flush=True)  # fmt: skip
 
@@ -126,7 +128,7 @@ def main():
     parser.add_argument("--ranks-per-host", type=int, default=1)
     parser.add_argument("--rate-mbit", type=int, default=1000)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="BYTES")
-    parser.add_argument("--peers", nargs="+", choices=["commlib", "commlib_flat", "gloo", *LAUNCHERS],
+    parser.add_argument("--peers", nargs="+", choices=["commlib", *VARIANTS, "gloo", *LAUNCHERS],
                         default=["commlib", "gloo", *LAUNCHERS])  # fmt: skip
     parser.add_argument("--name", default="commlib", help="prefix of the namespaces")
     parser.add_argument("--output", metavar="FILE", help="raw data, as JSON")

@@ -177,7 +177,7 @@ def cluster_table(records):
                 lines.append([
                     name, size_text(int(nbytes)), peer, milliseconds(median_s) if large else f"{median_s * 1e3:.3f}",
                     f"{least_s / median_s:.3f}" if large else "", f"{sent_nbytes / int(nbytes):.2f}" if large else "",
-                    f"{cpu_s / sent_nbytes * 1e9:.2f}" if large and cpu_s is not None else "",
+                    f"{cpu_s / hosts / sent_nbytes * 1e9:.2f}" if large else "",
                 ])  # fmt: skip
     return "\n".join([*markdown(lines), "", *about_runs(runs)])
 

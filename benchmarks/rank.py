@@ -6,7 +6,6 @@ An order is a line of JSON, the answer a line with a list of seconds. oneccl_ran
 """
 
 import json
-import resource
 import socket
 import sys
 import time
@@ -55,13 +54,7 @@ def timed(function):
     return time.perf_counter() - begin_s
 
 
-def cpu(peer):
-    """Processor seconds of this rank so far."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return [usage.ru_utime + usage.ru_stime]
-
-
-ORDERS = {"blocking": blocking, "cpu": cpu, "at_once": at_once, "urgent": urgent}
+ORDERS = {"blocking": blocking, "at_once": at_once, "urgent": urgent}
 
 
 def main():
