@@ -24,7 +24,8 @@ from commlib.version import VERSION as __version__
 _session = Session()
 
 
-def init(*, settings=None, timeout_s=None, environ=None, backend=None, backends=None, secret=None, comm=None):
+def init(*, settings=None, timeout_s=None, environ=None, backend=None, backends=None, secret=None, comm=None,
+         network_interfaces=None, port_range=None):  # fmt: skip
     """Meets the other ranks and makes the default communicator; while there is one, returns it.
 
     Args:
@@ -38,6 +39,10 @@ def init(*, settings=None, timeout_s=None, environ=None, backend=None, backends=
             function(placement) -> text; see docs/security.md.
         comm: an mpi4py communicator, or a list of ranks of MPI_COMM_WORLD: its ranks meet by MPI, and MPI moves the bytes
             between hosts. None: the launcher's ranks; MPI_COMM_WORLD if the transport is "mpi".
+        network_interfaces: where other hosts shall reach this rank: names of interfaces, addresses or networks, the best first,
+            as a list or as text ("eth0,10.1.0.0/16"); None: COMMLIB_NETWORK_INTERFACES, or those on the route between the hosts.
+        port_range: the ports that this rank may listen on while it starts, as (first, last) or "first-last"; None:
+            COMMLIB_PORT_RANGE, or any free port.
 
     Returns:
         The Communicator.
@@ -53,7 +58,8 @@ def init(*, settings=None, timeout_s=None, environ=None, backend=None, backends=
         1
         >>> commlib.shutdown()
     """
-    return _session.init(settings, timeout_s, environ, backend, backends, secret, comm)
+    network = {"network_interfaces": network_interfaces, "port_range": port_range}
+    return _session.init(settings, timeout_s, environ, backend, backends, secret, comm, network)
 
 
 def shutdown():

@@ -7,7 +7,6 @@ pair where that fails takes TCP, and both of its sides know it through the store
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import json
 import mmap
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from typing import Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 from commlib.bootstrap import Placement, StartError
-from commlib.dial import Place, Unreachable, dial
+from commlib.dial import OUT_OF_DESCRIPTORS, Place, Unreachable, dial
 from commlib.handshake import Shaken, shake
 from commlib.interfaces import Address, addresses, listen_at, offered, parse_ports, reached_from_here
 from commlib.mpi import Library
@@ -266,8 +265,10 @@ def _usable(rank: int, peer: int, peers: Sequence[int], shaken: Shaken) -> Optio
             pass
         slots = {"my_slot": _slot(rank, peer, peers), "peer_slot": peers.index(peer)}
         usable = SharedPeer(memfd, doorbell, _pidfd(shaken.sock), **slots)
-    except (ValueError, OSError):
+    except (ValueError, OSError) as error:
         shaken.close()
+        if isinstance(error, OSError) and error.errno in OUT_OF_DESCRIPTORS:
+            raise
         return None
     shaken.sock.close()
     return usable
@@ -287,7 +288,9 @@ def _pidfd(sock: socket.socket) -> int:
     pid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[0]
     try:
         return os.pidfd_open(pid) if pid > 0 else -1  # pid 0: in another pid namespace
-    except OSError:
+    except OSError as error:
+        if error.errno in OUT_OF_DESCRIPTORS:
+            raise
         return -1
 
 
@@ -359,7 +362,7 @@ def _listen(own: Sequence[Address], ports: Optional[Tuple[int, int]], backlog: i
         try:
             listeners.append((address, stack.enter_context(listen_at(address, ports, backlog))))
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
+            if error.errno in OUT_OF_DESCRIPTORS:
                 raise
             reasons.append(f"{address.ip}: {error.strerror}")
     if not listeners:

@@ -12,6 +12,8 @@ import socket
 import time
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)  # of errors: this process cannot go on, and trying again would not help
+
 _PATIENCE_S = 0.25  # RFC 8305, section 8: the recommended Connection Attempt Delay
 _LONGEST_S = 10.0   # for one address: Linux sends the third SYN after 3 s, the fourth after 7 s
 
@@ -100,6 +102,8 @@ class _Dialling:
         try:
             sock = socket.socket(place.family, socket.SOCK_STREAM)
         except OSError as error:
+            if error.errno in OUT_OF_DESCRIPTORS:
+                raise
             self.reasons.append(f"{place}: {error.strerror}")
             return
         sock.setblocking(False)

@@ -12,7 +12,6 @@ whom is the caller's choice.
 from __future__ import annotations
 
 import array
-import errno
 import os
 import selectors
 import socket
@@ -20,7 +19,7 @@ import time
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from commlib.bootstrap import StartError
-from commlib.dial import Unreachable
+from commlib.dial import OUT_OF_DESCRIPTORS, Unreachable
 from commlib.proof import ANSWER_NBYTES, NONCE_NBYTES, PROOF_NBYTES, REFUSAL, Calling, Claim, Listening, Strangers
 from commlib.rendezvous_wire import spell_ranks
 
@@ -214,7 +213,7 @@ class _Shaking:
         except (BlockingIOError, ConnectionError):
             return
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE) or self.strangers.oldest() is None:
+            if error.errno not in OUT_OF_DESCRIPTORS or self.strangers.oldest() is None:
                 raise
             self.lose(self.strangers.oldest(), "out of descriptors")  # the caller waits in the queue until then
             return
@@ -235,6 +234,8 @@ class _Shaking:
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
+            if error.errno in OUT_OF_DESCRIPTORS:
+                raise
             self.lose(half, str(error))
             return
         half.received += data
@@ -250,12 +251,14 @@ class _Shaking:
         if half.sock.family != socket.AF_UNIX:
             return half.sock.recv(nbytes)
         space = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
-        data, ancillary, _, _ = half.sock.recvmsg(nbytes, space, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = half.sock.recvmsg(nbytes, space, socket.MSG_CMSG_CLOEXEC)
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 numbers = array.array("i")
                 numbers.frombytes(content[:len(content) - len(content) % numbers.itemsize])
                 half.descriptors += numbers
+        if flags & socket.MSG_CTRUNC:
+            os.close(os.dup(half.sock.fileno()))  # raises if this process can have no more; else the peer sent too many
         return data
 
     # ---- what a half does when it has heard something ----

@@ -157,7 +157,7 @@ def reached_from_here(interface: str, ip: str, known: Optional[Sequence[Address]
 # ---- ports -------------------------------------------------------------------------------------------------------
 
 def parse_ports(text: str) -> Optional[Tuple[int, int]]:
-    """(first, last) of COMMLIB_PORT_RANGE; None for "": any free port.
+    """(first, last) of a range of ports; None for "": any free port.
 
     Raises:
         StartError: it is no range of ports.
@@ -170,7 +170,8 @@ def parse_ports(text: str) -> Optional[Tuple[int, int]]:
     match = re.fullmatch(r"\s*(\d{1,5})\s*-\s*(\d{1,5})\s*", text)
     first, last = map(int, match.groups()) if match else (0, 0)
     if not 0 < first <= last < 65536:
-        raise StartError(f"COMMLIB_PORT_RANGE is {text!r}: it must be FIRST-LAST, such as 20000-20099")
+        raise StartError(f"the range of ports (COMMLIB_PORT_RANGE, init(port_range=...)) is {text!r}: it must be FIRST-LAST, such as "
+                         "20000-20099")
     return first, last
 
 

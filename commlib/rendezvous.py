@@ -17,7 +17,7 @@ import time
 from typing import List, Optional, Sequence
 
 from commlib.bootstrap import Placement, StartError
-from commlib.dial import dial, resolve
+from commlib.dial import OUT_OF_DESCRIPTORS, dial, resolve
 from commlib.proof import ANSWER_NBYTES, NONCE_NBYTES, REFUSAL, THE_STORE, Calling, Claim
 from commlib.rendezvous_server import Server, peer_uid, store_key
 from commlib.rendezvous_wire import MAX_VALUE_NBYTES, PROTOCOL, Decoder, Hello, Message, WireError, encode
@@ -120,6 +120,8 @@ def listen(address: str) -> socket.socket:
         both = socket.has_dualstack_ipv6()
         return socket.create_server(("", port), family=socket.AF_INET6 if both else family, backlog=512, dualstack_ipv6=both)
     except OSError as error:
+        if error.errno in OUT_OF_DESCRIPTORS:
+            raise
         if error.errno == errno.EADDRINUSE:
             raise StartError(
                 f"rank 0 cannot listen at {address}, which another process uses: set COMMLIB_STORE=HOST:PORT with a "
@@ -149,6 +151,8 @@ def _reach(address: str, owner: str, hello: Hello, key: bytes, timeout_s: float)
         try:
             return _enter(address, owner, hello, key, deadline)
         except (OSError, WireError, _Gone) as error:
+            if isinstance(error, OSError) and error.errno in OUT_OF_DESCRIPTORS:
+                raise
             reason = str(error)
         if time.monotonic() + pause_s >= deadline:
             raise StartError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import errno
 import os
 import selectors
 import socket
@@ -17,6 +16,7 @@ import threading
 import time
 from typing import Callable, Optional
 
+from commlib.dial import OUT_OF_DESCRIPTORS
 from commlib.proof import PROOF_NBYTES, THE_STORE, Claim, Listening, Strangers
 from commlib.rendezvous_room import Room, Wait
 from commlib.rendezvous_wire import (
@@ -150,7 +150,7 @@ class Server:
         try:
             sock, address = self._listener.accept()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
+            if error.errno in OUT_OF_DESCRIPTORS:
                 self._make_room()
             return False
         if sock.family == socket.AF_UNIX and peer_uid(sock) not in (0, os.getuid()):

@@ -19,7 +19,8 @@ from commlib.communicator import Communicator
 from commlib.connect import connect
 from commlib.control import Control
 from commlib.engine import Engine
-from commlib.errors import MismatchError
+from commlib.errors import CommlibError, MismatchError
+from commlib.interfaces import parse_ports
 from commlib.secret import Secret
 from commlib.settings import Settings
 from commlib.version import VERSION
@@ -37,7 +38,7 @@ def _native(engine, topology, settings, placement, timeout_s):
 
 
 def open_communicator(generation, settings=None, timeout_s=None, environ=None, backend=None, backends=None, secret=None,
-                      comm=None):  # fmt: skip
+                      comm=None, network=None):  # fmt: skip
     """Meets the other ranks and links them.
 
     Args:
@@ -52,6 +53,8 @@ def open_communicator(generation, settings=None, timeout_s=None, environ=None, b
         secret: where ranks of several hosts find the job's secret if the launcher gave them none: function(placement) -> text.
         comm: the MPI communicator whose ranks these are, as for `commlib.mpi.communicator_of`; None: the launcher's, unless
             the transport is "mpi".
+        network: this rank's "network_interfaces" and "port_range" where they are not the environment's, as for
+            `commlib.init`; None stands for the environment's.
 
     Raises:
         StartError: a rank did not come, was lost, or cannot be reached.
@@ -66,6 +69,7 @@ def open_communicator(generation, settings=None, timeout_s=None, environ=None, b
         placement = bootstrap.placed(comm.rank, comm.size, "MPI", environ)
     else:
         placement = _with_secret(bootstrap.discover(environ), secret)
+    placement = _on_network(placement, **(network or {}))
     backend = backend or placement.options.get("backend", "native")
     native = functools.partial(mpi_mover.mpi_communicator, comm) if comm and mpi_mover.is_chosen(settings) else _native
     make_communicator = _maker(backend, {**(backends or {}), "native": native})
@@ -90,6 +94,18 @@ def _with_secret(placement, source):
     if source is None or placement.secret or placement.size == 1 or rendezvous.is_local(placement.store):
         return placement
     return replace(placement, secret=Secret(source(placement)))
+
+
+def _on_network(placement, network_interfaces=None, port_range=None):
+    """The placement with its own choice of interfaces and ports, in the words of the options."""
+    chosen = {}
+    if network_interfaces is not None:
+        is_text = isinstance(network_interfaces, str)
+        chosen["network_interfaces"] = network_interfaces if is_text else ",".join(network_interfaces)
+    if port_range is not None:
+        chosen["port_range"] = port_range if isinstance(port_range, str) else "{}-{}".format(*port_range)
+        parse_ports(chosen["port_range"])
+    return replace(placement, options={**placement.options, **chosen})
 
 
 def _set_log_level(text):
@@ -166,6 +182,10 @@ def _advice(rank):
         if error.errno not in _SHORTAGES:
             raise
         raise bootstrap.StartError(f"rank {rank} cannot start: {error.strerror}: {_SHORTAGES[error.errno]}", rank) from error
+    except CommlibError as error:  # the engine was short of something, and says of what
+        if type(error) is not CommlibError:
+            raise
+        raise bootstrap.StartError(f"rank {rank} cannot start: {error}", rank) from error
 
 
 def _exchange_in_store(store, payload, *, name, timeout_s=None):

@@ -13,6 +13,7 @@ import uuid
 from support import Ranks
 
 PORT = 29400
+_DROP_ALL = "tbf rate 1kbit burst 10 limit 10"  # no packet is as small as its bucket
 
 
 def run(command, check=True):
@@ -108,6 +109,14 @@ class Hosts:
     def silence(self, index):
         """The link stays up, and nothing comes through any more, either way."""
         run(f"ip -n {self._switch} link set p{index} nomaster")
+
+    def mute(self, index):
+        """Nothing leaves a host any more; what the others send comes through."""
+        run(f"tc -n {self.names[index]} qdisc replace dev eth0 root {_DROP_ALL}")
+
+    def deafen(self, index):
+        """Nothing reaches a host any more; what it sends comes through."""
+        run(f"tc -n {self._switch} qdisc replace dev p{index} root {_DROP_ALL}")
 
     def limit(self, index, mbit):
         """A host sends at this rate from now on."""
