@@ -170,7 +170,7 @@ def parse_ports(text: str) -> Optional[Tuple[int, int]]:
     match = re.fullmatch(r"\s*(\d{1,5})\s*-\s*(\d{1,5})\s*", text)
     first, last = map(int, match.groups()) if match else (0, 0)
     if not 0 < first <= last < 65536:
-        raise StartError(f"the range of ports (COMMLIB_PORT_RANGE, init(port_range=...)) is {text!r}: it must be FIRST-LAST, such as "
+        raise StartError(f"the range of ports (COMMLIB_PORT_RANGE, init(port_range=...)) is {text!r}: it must be FIRST-LAST, "
                          "20000-20099")
     return first, last
 
