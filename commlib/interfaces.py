@@ -171,7 +171,7 @@ def parse_ports(text: str) -> Optional[Tuple[int, int]]:
     first, last = map(int, match.groups()) if match else (0, 0)
     if not 0 < first <= last < 65536:
         raise StartError(f"the range of ports (COMMLIB_PORT_RANGE, init(port_range=...)) is {text!r}: it must be FIRST-LAST, "
-                         "20000-20099")
+                         "such as 20000-20099")
     return first, last
 
 
