@@ -16,7 +16,7 @@ from commlib.engine import (
 )  # fmt: skip
 from commlib.handle import Flight, Handle
 from commlib.layout import Layout
-from commlib.names import Names
+from commlib.names import Names, key_of_use
 from commlib.prepared import Prepared
 from commlib.reduction import Average
 from commlib.rendezvous_wire import spell_ranks
@@ -205,16 +205,23 @@ class Submitter:
             request.output = pointer_of(target)
         return Prepared(self, use, kind, request, (keep, source, target), result)
 
-    def part(self, members, hosts):
+    def part(self, members, hosts, name=None):
         """What posts the operations of a group on the same engine, which moves their bytes whatever moves those of all ranks.
 
         Args:
             members: the ranks of the group, in its order.
             hosts: the host index of each.
+            name: of the group, different from those of others; None: its number among those of the same members.
         """
-        number = self._parts[tuple(members)] = self._parts.get(tuple(members), 0) + 1
-        name = f"{self._names.group}/{number} of {members}"
+        if name is None:
+            name = self._parts[tuple(members)] = self._parts.get(tuple(members), 0) + 1
+        name = f"{self._names.group}/{name} of {members}"
         return Submitter(self.engine, hosts, self.settings, name, members, self.flight)
+
+    def is_begun(self, kind):
+        """See `Communicator.is_begun`."""
+        use = self._names.use(kind, None)
+        return self.engine.is_begun(key_of_use(use.base, use.count))
 
     def algorithm(self, kind, nbytes, overlapped=False):
         """What `selection` gives to an operation."""

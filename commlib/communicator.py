@@ -48,13 +48,9 @@ class Communicator:
         self._engine = engine
         self._submitter = submitter or Submitter(engine, topology.hosts, settings)
         self._topology = topology
-        self.rank = self._submitter.rank
-        self.size = self._submitter.size
-        self.ranks = self._submitter.members
-        self.local_rank = topology.local_rank
-        self.local_size = topology.local_size
-        self.cross_rank = topology.cross_rank
-        self.cross_size = topology.cross_size
+        self.rank, self.size, self.ranks = self._submitter.rank, self._submitter.size, self._submitter.members
+        self.local_rank, self.local_size = topology.local_rank, topology.local_size
+        self.cross_rank, self.cross_size = topology.cross_rank, topology.cross_size
         self.is_homogeneous = topology.is_homogeneous
         self.transports = topology.transports
         self.host_sizes = tuple(topology.hosts.count(host) for host in range(max(topology.hosts) + 1))
@@ -231,10 +227,8 @@ class Communicator:
             ValueError: an array without dimensions, non-contiguous array, name in flight.
         """
         rows = Rows("allgather", array, as_buffer(array))
-        return self._submitter.submit(
-            "allgather", name, rows.payload, None, priority=priority, shape=rows.shape_hashed,
-            splits=(rows.payload.count,), finish=rows.gathered,
-        )  # fmt: skip
+        return self._submitter.submit("allgather", name, rows.payload, None, priority=priority, shape=rows.shape_hashed,
+                                      splits=(rows.payload.count,), finish=rows.gathered)  # fmt: skip
 
     def allgather(self, array, *, name=None, priority=0, timeout_s=None):
         """As `allgather_async`, and waits. Returns the new array."""
@@ -256,19 +250,15 @@ class Communicator:
         source = as_buffer(array)
         rows = Rows("reducescatter", array, source)
         check_op(op, source.dtype)
-        return self._submitter.submit(
-            "reducescatter", name, source, None, priority=priority, op=op,
-            scales=(float(prescale_factor), float(postscale_factor)),
-            parts=rows.parts(self.size), finish=partial(rows.scattered, self.rank, self.size),
-        )  # fmt: skip
+        return self._submitter.submit("reducescatter", name, source, None, priority=priority, op=op,
+                                      scales=(float(prescale_factor), float(postscale_factor)), parts=rows.parts(self.size),
+                                      finish=partial(rows.scattered, self.rank, self.size))  # fmt: skip
 
     def reducescatter(self, array, *, name=None, op=Average, priority=0, prescale_factor=1.0, postscale_factor=1.0,
                       timeout_s=None):  # fmt: skip
         """As `reducescatter_async`, and waits. Returns this rank's rows."""
-        return self.reducescatter_async(
-            array, name=name, op=op, priority=priority, prescale_factor=prescale_factor,
-            postscale_factor=postscale_factor,
-        ).wait(timeout_s)  # fmt: skip
+        return self.reducescatter_async(array, name=name, op=op, priority=priority, prescale_factor=prescale_factor,
+                                        postscale_factor=postscale_factor).wait(timeout_s)  # fmt: skip
 
     def alltoall_async(self, array, splits=None, *, name=None, priority=0):
         """Sends rows to every rank and receives theirs, joined in rank order.
@@ -304,7 +294,11 @@ class Communicator:
         Raises:
             TimeoutError: some rank did not within timeout_s.
         """
-        self._submitter.submit("barrier", None, _NOTHING, _NOTHING).wait(timeout_s)
+        self.barrier_async().wait(timeout_s)
+
+    def barrier_async(self):
+        """As `barrier`; returns at once, a Handle."""
+        return self._submitter.submit("barrier", None, _NOTHING, _NOTHING)
 
     def exchange(self, payload, *, name, timeout_s=None):
         """Tells every rank everybody's bytes: the control plane, for what ranks must know of each other.
@@ -320,7 +314,11 @@ class Communicator:
 
     # ---- groups ----------------------------------------------------------------------------------------------
 
-    def group(self, ranks):
+    def is_begun(self, kind):
+        """True if the first rank of this group has heard of its next unnamed operation of a kind, and has not submitted it."""
+        return self._submitter.is_begun(kind)
+
+    def group(self, ranks, name=None):
         """A communicator of some of the ranks, on the same engine; nothing is communicated.
 
         Each member calls it, and equally often: the n-th group of these ranks on one is the n-th on the others. Ranks,
@@ -328,13 +326,14 @@ class Communicator:
 
         Args:
             ranks: of this communicator, this one among them; in the same order on every member.
+            name: tells groups of the same ranks apart where members make them in different orders; each name serves once.
 
         Raises:
             ValueError: no such ranks, one named twice, or this one is not among them.
         """
         places = checked_ranks(ranks, self.rank, self.size)
         topology = self._topology.of(places, places.index(self.rank))
-        submitter = self._submitter.part([self.ranks[place] for place in places], topology.hosts)
+        submitter = self._submitter.part([self.ranks[place] for place in places], topology.hosts, name)
         return Communicator(self._engine, topology, self.settings, submitter, parent=self)
 
     # ---- life ------------------------------------------------------------------------------------------------

@@ -111,6 +111,8 @@ def connect(placement: Placement, store: Store, endpoint: Endpoint, transport: s
     """
     if transport not in TRANSPORTS:
         raise StartError(f"transport is {transport!r}: it must be one of {', '.join(TRANSPORTS)}")
+    if transport == "mpi" and library is None:
+        raise StartError("transport is mpi, but these ranks have met without MPI: use auto, or commlib.init(comm=...)")
     if transport == "tcp" and library is not None:
         raise StartError("transport is tcp, but the ranks are those of an MPI communicator, which has no addresses: use auto "
                          "or mpi, or call init() without comm")

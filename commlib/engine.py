@@ -242,6 +242,11 @@ class Engine:
             raise ForkedError(_FORKED_TEXT)
         return lib.cl_operation_done(operation) != 0
 
+    def is_begun(self, key):
+        """True if a peer's word of an operation that is not posted here has come; looks at the links first."""
+        self.check()
+        return lib.cl_engine_is_begun(self.pointer, key) != 0
+
     def release(self, operation):
         """Gives an operation back; its result memory goes with it."""
         if not self.forked:

@@ -23,6 +23,7 @@ from commlib.dial import OUT_OF_DESCRIPTORS, Unreachable
 from commlib.proof import ANSWER_NBYTES, NONCE_NBYTES, PROOF_NBYTES, REFUSAL, Calling, Claim, Listening, Strangers
 from commlib.rendezvous_wire import spell_ranks
 
+_ASK_S = 0.1   # between two looks at a store that wakes nobody
 NEWS_S = 2.0  # how long the store gets to say why a peer hung up, before this rank guesses
 _CONFIRMATION = b"+"
 _MAX_DESCRIPTORS = 8
@@ -176,6 +177,9 @@ class _Shaking:
             raise StartError(text, rank=missing[0])
         until = min([limit, self.strangers.next_deadline(), *self.redials.values(),
                      *(half.silent_until for half in self.outgoing)])
+        if self.store.fileno() < 0:  # it has nothing to sleep on: its news must be asked for
+            self.store.check()
+            until = min(until, time.monotonic() + _ASK_S)
         for key, _ in self.selector.select(max(0.0, until - time.monotonic())):
             if key.fileobj is self.store:
                 self.store.check()

@@ -38,7 +38,7 @@ def _native(engine, topology, settings, placement, timeout_s):
 
 
 def open_communicator(generation, settings=None, timeout_s=None, environ=None, backend=None, backends=None, secret=None,
-                      comm=None, network=None):  # fmt: skip
+                      comm=None, network=None, meeting=None):  # fmt: skip
     """Meets the other ranks and links them.
 
     Args:
@@ -55,6 +55,7 @@ def open_communicator(generation, settings=None, timeout_s=None, environ=None, b
             the transport is "mpi".
         network: this rank's "network_interfaces" and "port_range" where they are not the environment's, as for
             `commlib.init`; None stands for the environment's.
+        meeting: a store that the ranks have already, as a context manager like rendezvous.Store; it says rank and size.
 
     Raises:
         StartError: a rank did not come, was lost, or cannot be reached.
@@ -64,7 +65,9 @@ def open_communicator(generation, settings=None, timeout_s=None, environ=None, b
     options = bootstrap.options(environ)
     _set_log_level(options.get("log_level"))
     settings = _starting_settings(settings, options)
-    if comm is not None or settings.transport == "mpi":
+    if meeting is not None:
+        placement = bootstrap.placed(meeting.rank, meeting.size, meeting.owner, environ)
+    elif comm is not None or settings.transport == "mpi":
         comm = mpi.communicator_of(comm)
         placement = bootstrap.placed(comm.rank, comm.size, "MPI", environ)
     else:
@@ -75,7 +78,8 @@ def open_communicator(generation, settings=None, timeout_s=None, environ=None, b
     make_communicator = _maker(backend, {**(backends or {}), "native": native})
     engine = Engine(placement.rank, placement.size, settings)
     try:
-        topology = _link(engine, placement, settings, backend, generation, timeout_s, comm)
+        store = meeting or _meet(placement, generation, timeout_s, comm)
+        topology = _link(engine, placement, settings, backend, store, comm)
         communicator = make_communicator(engine, topology, settings, placement, timeout_s)
         record = calibrated(settings, engine, topology.hosts).to_json().encode()
         record = communicator.control.broadcast_bytes(record, name="settings", timeout_s=timeout_s)
@@ -148,9 +152,9 @@ def _meet(placement, generation, timeout_s, comm):
     return mpi.Meeting(comm, placement.start_timeout_s if timeout_s is None else timeout_s)
 
 
-def _link(engine, placement, settings, backend, generation, timeout_s, comm):
-    """Meets the other ranks, agrees with them, links the engine and starts it."""
-    with _advice(placement.rank), _meet(placement, generation, timeout_s, comm) as store:
+def _link(engine, placement, settings, backend, store, comm):
+    """Agrees with the other ranks in the store, links the engine and starts it."""
+    with _advice(placement.rank), store:
         control = Control(functools.partial(_exchange_in_store, store), placement.rank, placement.size)
         mismatch = _mismatch(control, {**settings.as_dict(), "backend": backend, "version": VERSION})
         if mismatch is None:

@@ -239,6 +239,11 @@ int cl_run_at(cl_engine *engine, const cl_request *request, uint64_t key, const 
  * any other status is the caller's, to wait on, ask for the error and release, and the next call begins with NULL.
  */
 int cl_run_again(cl_engine *engine, cl_request *request, uint64_t stride, int32_t timeout_ms, cl_operation **operation);
+/*
+ * 1 if a peer's word of an operation that is not posted here has come (an exchange tells its first member of the others).
+ * Looks at all links first; 0 in a forked child.
+ */
+int cl_engine_is_begun(cl_engine *engine, uint64_t key);
 /* 1 if the operation is done, well or not. */
 int cl_operation_done(cl_operation *operation);
 /* CL_AGAIN while it runs, else its status; *text (never NULL) lives as long as the operation; *peer: the rank to blame or -1. */

@@ -253,6 +253,18 @@ static void fail_submissions(cl_engine *engine)
     disown(engine);
 }
 
+static void one_round(cl_engine *engine)
+{
+    if (atomic_load(&engine->ended))
+        return;
+    disarm(engine);
+    uint64_t mode = cl_float_mode_enter();
+    (void)cl_engine_progress(engine);
+    cl_float_mode_restore(mode);
+    if (!arm(engine))
+        ring_own(engine->runtime);
+}
+
 /*
  * Who submits owns the engine for one round, if nobody else does: what he submitted leaves without a change of threads, which
  * costs compute on this core as much as a small operation. The rest is the thread's. Sockets, which cost a call each, are too.
@@ -263,14 +275,7 @@ static void post(cl_engine *engine)
         engine->wake(engine);
         return;
     }
-    if (!atomic_load(&engine->ended)) {
-        disarm(engine);
-        uint64_t mode = cl_float_mode_enter();
-        (void)cl_engine_progress(engine);
-        cl_float_mode_restore(mode);
-        if (!arm(engine))
-            ring_own(engine->runtime);
-    }
+    one_round(engine);
     disown(engine);
 }
 
@@ -338,6 +343,18 @@ void cl_runtime_completed(cl_operation *operation)
     atomic_store(&operation->done, 1);
     if (atomic_load(&operation->waiters) > 0)
         cl_futex_wake_all(&operation->done);
+}
+
+int cl_engine_is_begun(cl_engine *engine, uint64_t key)
+{
+    if (atomic_load_explicit(&engine->forked, memory_order_relaxed))
+        return 0;
+    own(engine);
+    if (engine->runtime != NULL)
+        one_round(engine); /* a rank with nothing in flight is not woken for what lies in its rings */
+    bool is_begun = cl_table_get(&engine->early, key) != NULL;
+    disown(engine);
+    return is_begun;
 }
 
 static void sleep_until_done(cl_operation *operation, double left_s)
