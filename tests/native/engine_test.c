@@ -301,6 +301,33 @@ static void test_late_rank(world *w, uint64_t seed)
     on_all_ranks(w, seed, late_rank);
 }
 
+/* Rank 0 learns that rank 1 has begun an exchange before it does so itself, and of one that nobody begins it does not. */
+static void *begun(void *argument)
+{
+    rank_arguments *a = argument;
+    static const int32_t members[2] = {0, 1};
+    uint8_t byte = (uint8_t)a->rank;
+    const uint64_t key = a->seed * 1000 + 993;
+    cl_engine *engine = a->w->engines[a->rank];
+    if (a->rank > 1)
+        return NULL;
+    while (a->rank == 0 && cl_engine_is_begun(engine, key) == 0)
+        usleep(100);
+    cl_request request = {.key = key, .text = "exchange", .kind = CL_EXCHANGE, .dtype = CL_UINT8, .prescale = 1, .postscale = 1,
+                          .input = &byte, .count = 1, .members = members, .nmembers = 2, .my_part = a->rank};
+    cl_operation *operation;
+    CHECK(cl_submit(engine, &request, &operation) == CL_OK);
+    wait_for(operation, CL_OK);
+    cl_operation_release(operation);
+    CHECK(cl_engine_is_begun(engine, key) == 0 && cl_engine_is_begun(engine, key + 1) == 0);
+    return NULL;
+}
+
+static void test_begun(world *w, uint64_t seed)
+{
+    on_all_ranks(w, seed, begun);
+}
+
 /* The last test of a world: rank 0 leaves while everybody else still waits for it. */
 static void *leaving(void *argument)
 {
@@ -348,7 +375,7 @@ static const struct {
     void (*run)(world *w, uint64_t seed);
 } tests[] = {
     {"random order", test_random_order}, {"every kind", test_every_kind}, {"again", test_again}, {"mismatch", test_mismatch},
-    {"late rank", test_late_rank}, {"leaving", test_leaving}, /* last: nothing works after it */
+    {"late rank", test_late_rank}, {"begun", test_begun}, {"leaving", test_leaving}, /* last: nothing works after it */
 };
 
 int main(int argc, char **argv)
