@@ -16,7 +16,7 @@ from commlib.engine import (
 )  # fmt: skip
 from commlib.handle import Flight, Handle
 from commlib.layout import Layout
-from commlib.names import Names, key_of_use
+from commlib.names import Names, Use, busy_text, key_of_use
 from commlib.prepared import Prepared
 from commlib.reduction import Average
 from commlib.rendezvous_wire import spell_ranks
@@ -205,6 +205,23 @@ class Submitter:
             request.output = pointer_of(target)
         return Prepared(self, use, kind, request, (keep, source, target), result)
 
+    def description(self, kind, name, dtype, shape, *, priority, op, scales, overlapped):
+        """A request and its base key, for code that fills in memory and counts the uses of the name by itself.
+
+        Its keys are not those of `submit`, which counts for itself. What the request points to lives as long as this
+        object, but for the text, which lives as long as what is returned.
+
+        Args:
+            dtype, shape: of the array; the rest as for `submit`.
+
+        Returns:
+            A names.Use with `request` and `base`.
+        """
+        use = Use(f"{self._names.group}/native", kind, name, self.size)
+        with self._lock:
+            self._describe(use, kind, (dtype, math.prod(shape), shape, op, -1, priority, scales, None, overlapped))
+        return use
+
     def part(self, members, hosts, name=None):
         """What posts the operations of a group on the same engine, which moves their bytes whatever moves those of all ranks.
 
@@ -242,7 +259,7 @@ class Submitter:
         """The last operation of a name may be done without anybody having noticed."""
         handle = use.handle
         if not handle.done():
-            raise ValueError(f"{kind} {use.name!r} is still in flight: wait for it first, or give this one another name")
+            raise ValueError(busy_text(kind, use.name))
         self.flight.landed(handle)
 
     def _describe(self, use, kind, signature):

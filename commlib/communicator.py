@@ -4,6 +4,7 @@ Every collective comes as `name_async`, which returns a Handle at once, and `nam
 underscore it works in place. This file checks what users pass, and describes results; `collective` does the rest.
 """
 
+from contextlib import suppress
 from functools import partial
 
 from commlib.buffer import Buffer, as_buffer, copy_into, ndarray, new_like, style_of, writable_buffer
@@ -47,6 +48,7 @@ class Communicator:
     def __init__(self, engine, topology, settings, submitter=None, parent=None):
         self._engine = engine
         self._submitter = submitter or Submitter(engine, topology.hosts, settings)
+        self.native = engine, self._submitter  # for commlib.direct
         self._topology = topology
         self.rank, self.size, self.ranks = self._submitter.rank, self._submitter.size, self._submitter.members
         self.local_rank, self.local_size = topology.local_rank, topology.local_size
@@ -406,14 +408,14 @@ class Communicator:
         """
         if self.timeline is not None:
             raise ValueError(f"a timeline is being written to {self.timeline.path}: call stop_timeline() first")
-        self._submitter.flight.timeline = Timeline(path, self.rank)
+        self._submitter.flight.record(Timeline(path, self.rank))
 
     def stop_timeline(self, timeout_s=60.0):
         """Ends the timeline; every rank calls it, and rank 0 writes one file that shows all of them."""
         timeline = self.timeline
         if timeline is not None:
             self._submitter.flight.sweep()
-            self._submitter.flight.timeline = None
+            self._submitter.flight.record(None)
             timeline.finish(partial(self.exchange, name="timeline", timeout_s=timeout_s))
 
     def on_close(self, callback):
@@ -436,10 +438,8 @@ class Communicator:
         while self._before_close and not self._engine.forked:
             self._before_close.pop()()
         if self.timeline is not None and not self._engine.forked:
-            try:
+            with suppress(RuntimeError, OSError):  # others are gone or busy, or the disk is full: each rank's own file stays
                 self.stop_timeline(timeout_s=_LINGER_MS / 1000)
-            except (RuntimeError, OSError):
-                pass  # others are gone or busy, or the disk is full: each rank's own file stays
         self._engine.shutdown(_LINGER_MS)
         if not self._engine.forked:
             self._submitter.close()

@@ -28,6 +28,8 @@ NO_PLAN = NO_OFFSETS = ffi.NULL
 # Waits in C return this often, so that Python can run signal handlers (Ctrl-C).
 _SLICE_MS = 100
 
+TEXT_NBYTES = 256  # of a request's text; the engine cuts it there
+
 _STATS = ("operations", "failed", "sent_nbytes", "received_nbytes", "eager_kept", "eager_starved", "grants", "frames")
 
 _FORKED_TEXT = (
@@ -58,7 +60,7 @@ class Engine:
         ValueError: the engine refuses a setting.
     """
 
-    __slots__ = ("pointer", "rank", "size", "forked", "closed", "run_at", "submit_at", "places", "_out", "_library",
+    __slots__ = ("pointer", "rank", "size", "forked", "closed", "run_at", "submit_at", "places", "ended", "_out", "_library",
                  "__weakref__")  # fmt: skip
 
     def __init__(self, rank, size, settings):
@@ -67,6 +69,7 @@ class Engine:
         self.size = size
         self.forked = False
         self.closed = False
+        self.ended = []  # functions that are called when it was shut down: nothing is in flight then
         self._library = None  # of MPI, while there are links over it
         self._out = ffi.new("cl_operation **")
         fields = {name: getattr(settings, name) for name in ENGINE_SETTINGS}
@@ -166,6 +169,8 @@ class Engine:
             if self._library is not None:
                 self._library.ended(lib.cl_mpi_ended(self.pointer) == 1)
                 self._library = None
+            while self.ended:
+                self.ended.pop()()
 
     def after_fork(self):
         """In the child: gives back this process's copies of descriptors; from here on every call is refused."""
@@ -260,6 +265,17 @@ class Engine:
         return int(ffi.cast("uintptr_t", address[0])), count[0], members
 
 
+    # ---- for native code of others, which submits by itself ----------------------------------------------------------
+
+    @property
+    def address(self):
+        """Where the cl_engine is, an int."""
+        return int(ffi.cast("uintptr_t", self.pointer))
+
+    def tell(self, operation, queue, token):
+        """Has an operation put on a queue when it is done; `queue` and `token` are addresses, ints."""
+        lib.cl_operation_tell(operation, ffi.cast("cl_queue *", queue), ffi.cast("void *", token))
+
     # ---- tickets: for operations whose bytes somebody else moves ---------------------------------------------------
 
     def next_ticket(self, timeout_s):
@@ -311,6 +327,20 @@ def operation_error(operation):
 def new_request():
     """An empty cl_request."""
     return ffi.new("cl_request *")
+
+
+def functions_address():
+    """Where the engine's cl_functions are, an int."""
+    return int(ffi.cast("uintptr_t", lib.cl_engine_functions()))
+
+
+def write_request(request, address, text_address):
+    """Writes a cl_request where native code wants it, and its text, of CL_TEXT_NBYTES at most, to where it will stay."""
+    text = ffi.string(request.text)[: TEXT_NBYTES - 1] + b"\0"
+    ffi.memmove(ffi.cast("char *", text_address), text, len(text))
+    target = ffi.cast("cl_request *", address)
+    target[0] = request[0]
+    target.text = ffi.cast("char *", text_address)
 
 
 def copy_of_request(request):

@@ -65,3 +65,17 @@ def error_of(status, text="", peer=-1):
     """
     message = text or ffi.string(lib.cl_status_text(status)).decode(errors="replace")
     return _ERROR_OF_STATUS.get(status, _text_only(CommlibError))(message, peer)
+
+
+# Of subclasses first.
+_STATUS_OF_ERROR = (
+    (MismatchError, lib.CL_MISMATCH), (PeerLostError, lib.CL_PEER_LOST), (PeerLeftError, lib.CL_PEER_LEFT),
+    (ShutdownError, lib.CL_SHUTDOWN), (ForkedError, lib.CL_FORKED), (CommlibError, lib.CL_SYSTEM),
+    (MemoryError, lib.CL_NO_MEMORY), (BaseException, lib.CL_INVALID),
+)  # fmt: skip
+
+
+def status_of(error):
+    """(status, rank to blame or -1) of an exception, for code that knows no exceptions; the reverse of `error_of`."""
+    status = next(status for error_class, status in _STATUS_OF_ERROR if isinstance(error, error_class))
+    return status, getattr(error, "rank", -1)

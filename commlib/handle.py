@@ -97,11 +97,12 @@ class Flight:
         engine: the commlib.engine.Engine that runs them.
     """
 
-    __slots__ = ("engine", "timeline", "_handles", "_sweep_at")
+    __slots__ = ("engine", "timeline", "watchers", "_handles", "_sweep_at")
 
     def __init__(self, engine):
         self.engine = engine
         self.timeline = None  # told of every take-off and landing, if there is one
+        self.watchers = []  # functions that want to know whenever that changes
         self._handles = {}
         self._sweep_at = _SWEEP_EVERY
 
@@ -119,6 +120,12 @@ class Flight:
         if len(handles) >= self._sweep_at:
             self.sweep()
             self._sweep_at = len(handles) + max(_SWEEP_EVERY, len(handles) // 4)
+
+    def record(self, timeline):
+        """From now on this timeline is told; None: none is."""
+        self.timeline = timeline
+        for watcher in self.watchers:
+            watcher()
 
     def discard(self, handle):
         """Forgets a handle that was never submitted."""

@@ -22,6 +22,11 @@ def key_of_use(base, use):
     return (base + use * STRIDE) & _MASK
 
 
+def busy_text(kind, name):
+    """What is said to who uses a name that is in flight."""
+    return f"{kind} {name!r} is still in flight: wait for it first, or give this one another name"
+
+
 class Use:
     """What is remembered of one name of one kind: how often it was used, and what it asked for last.
 

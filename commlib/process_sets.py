@@ -254,3 +254,18 @@ def communicator_of(process_set):
     if not isinstance(process_set, ProcessSet):
         raise ValueError(f"process_set must be a ProcessSet, not {process_set!r}")
     return process_set.communicator()
+
+
+def process_set_of_id(process_set_id):
+    """The process set of a number, for a program that was written down with the number in it.
+
+    Raises:
+        ValueError: commlib is not initialized; no set has this number.
+    """
+    if process_set_id == 0:
+        return global_process_set
+    process_set = _registry().sets.get(process_set_id)
+    if process_set is None:
+        raise ValueError(f"there is no process set of number {process_set_id}: it was removed, or shutdown() forgot it; register "
+                         "it on every rank, and make the function that used it anew")  # fmt: skip
+    return process_set

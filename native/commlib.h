@@ -256,6 +256,41 @@ void cl_operation_release(cl_operation *operation);
 /* Seconds on the clock of cl_operation_times: CLOCK_MONOTONIC, or the simulated clock. */
 double cl_engine_now(cl_engine *engine);
 
+/* ---- queues of finished operations -------------------------------------------------------------------------- */
+
+/*
+ * For a thread that waits for whatever is done next. One thread takes from a queue; operations of any engine may be told to it.
+ * It is freed after the engines of all that were told to it were shut down: who tells may still be about to wake the thread.
+ */
+typedef struct cl_queue cl_queue;
+int cl_queue_new(cl_queue **queue);
+void cl_queue_free(cl_queue *queue);
+/* Once, after submission: when the operation is done, or at once if it is, it goes to the queue with its token. */
+void cl_operation_tell(cl_operation *operation, cl_queue *queue, void *token);
+/*
+ * The operation that was done first. Out: *operation, to be released by the caller beside his own hold; *token.
+ * CL_AGAIN: none came for timeout_ms, or the thread woke without reason.
+ */
+int cl_queue_next(cl_queue *queue, int32_t timeout_ms, cl_operation **operation, void **token);
+
+/*
+ * What a library needs that submits by itself and is not linked with the engine: a framework's op library, say, which gets
+ * this table's address at run time. It works with one version and one size only, as requests cross as they are.
+ */
+enum { CL_FUNCTIONS_VERSION = 1 };
+typedef struct {
+    uint32_t version, nbytes; /* of this struct and cl_request together */
+    int (*submit_at)(cl_engine *engine, const cl_request *request, uint64_t key, const void *input, void *output,
+                     cl_operation **operation);
+    void (*tell)(cl_operation *operation, cl_queue *queue, void *token);
+    int (*status)(cl_operation *operation, const char **text, int32_t *peer);
+    void (*release)(cl_operation *operation);
+    const char *(*status_text)(int status);
+    int (*queue_new)(cl_queue **queue);
+    int (*queue_next)(cl_queue *queue, int32_t timeout_ms, cl_operation **operation, void **token);
+} cl_functions;
+const cl_functions *cl_engine_functions(void);
+
 /* ---- tickets ------------------------------------------------------------------------------------------------ */
 
 /*

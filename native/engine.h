@@ -119,6 +119,9 @@ struct cl_operation {
     atomic_int references;
     atomic_int done;             /* futex: 0 running, 1 done; what is written before is readable after */
     atomic_int waiters;          /* callers that sleep on it */
+    _Atomic(cl_queue *) queue;   /* who is told of the end; NULL: nobody, or he was */
+    void *token;
+    struct cl_operation *queue_next;
     struct cl_operation *inbox_next;
     struct cl_operation *gate_next;
     atomic_int gate_queued;
@@ -350,6 +353,10 @@ void cl_outgoing_sent(cl_peer *peer, const cl_frame *frame);
 /* The link stops touching payloads of this key. */
 void cl_engine_forget(cl_engine *engine, int32_t peer, uint64_t key);
 void cl_outgoing_free_all(cl_peer *peer);
+
+/* queue.c */
+/* The operation is done: tells it to who wants to know. */
+void cl_queue_landed(cl_operation *operation);
 
 /* thread.c */
 void cl_runtime_completed(cl_operation *operation);

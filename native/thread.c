@@ -343,6 +343,7 @@ void cl_runtime_completed(cl_operation *operation)
     atomic_store(&operation->done, 1);
     if (atomic_load(&operation->waiters) > 0)
         cl_futex_wake_all(&operation->done);
+    cl_queue_landed(operation);
 }
 
 int cl_engine_is_begun(cl_engine *engine, uint64_t key)

@@ -19,7 +19,7 @@ BUILDS = {
     "threads": ["-O1", "-g", "-fsanitize=thread"],
 }
 ARGUMENTS = {"engine_test": [], "sim_test": ["1", "600"], "faults_test": [], "memory_test": [],
-             "shared_test": [], "ticket_test": [], "hostile_test": ["1", "150"]}
+             "shared_test": [], "ticket_test": [], "queue_test": [], "hostile_test": ["1", "150"]}
 LINKED_WITH = {"memory_test": ["-Wl," + ",".join(f"--wrap={name}" for name in ("malloc", "calloc", "realloc", "free"))]}
 
 

@@ -21,7 +21,7 @@ LAYERS = [
     {"collective", "simulated_training"},
     {"tickets", "workload"},
     {"communicator"},
-    {"mpi_mover"},
+    {"mpi_mover", "direct"},
     {"session"},
     {"__init__", "run", "launch"},
     {"tune", "tune_report", "simulate", "simulate_report"},
