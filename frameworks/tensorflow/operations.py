@@ -1,0 +1,94 @@
+"""Single ops of the op library, in eager mode and in graphs: names, independence, failures.
+
+This file makes one op; what is done before and after (scaling, compression, lists, sparse tensors) is other files'.
+"""
+
+import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
+
+from commlib.process_sets import communicator_of, global_process_set
+from commlib.tensorflow.library import ops
+from commlib.tensorflow.native import Wish, translated
+
+DTYPES = (tf.uint8, tf.int8, tf.int16, tf.int32, tf.int64, tf.float16, tf.bfloat16, tf.float32, tf.float64, tf.bool)
+
+
+def make(kind, tensor=None, name=None, process_set=global_process_set, splits=None, **wish):
+    """One op. In eager mode it is waited for; in a graph it runs beside all others, once what it takes is there.
+
+    Args:
+        kind: of native.py's table.
+        tensor: checked by `as_tensor`; None: it takes none.
+        name: matches the operation between ranks. None: by sequence in eager mode, by the op's place in a graph.
+        process_set: the ranks that take part.
+        splits: an int64 tensor, for all-to-all.
+        **wish: as for native.Wish.
+
+    Returns:
+        Its output, tuple of outputs, or Operation.
+
+    Raises:
+        ValueError: XLA compiles this function.
+        CommlibError, ValueError: in eager mode, as commlib.
+    """
+    function = getattr(ops, "commlib_" + kind)
+    inputs = [] if tensor is None else [tensor] if splits is None else [tensor, splits]
+    set_id = number_of(process_set)
+    if tf.executing_eagerly():
+        try:
+            return function(*inputs, call=Wish(kind, name, set_id, **wish).text())
+        except tf.errors.OpError as error:
+            failure = translated(error)
+            raise failure from (None if failure is not error else error.__cause__)
+    graph = tf.compat.v1.get_default_graph()
+    _check_compiler(graph, kind)
+    if name is None:
+        name = _place(graph, kind, tensor)
+    made = function(*inputs, call=Wish(kind, name, set_id, **wish).text())
+    _let_run_freely(graph, made)
+    return made
+
+
+def number_of(process_set):
+    """The number of a process set, which ops hold instead of it.
+
+    Raises:
+        ValueError: no process set, not registered, or this rank is not part of it.
+    """
+    if process_set is None or process_set is global_process_set:
+        return 0
+    communicator_of(process_set)
+    return process_set.process_set_id
+
+
+def as_tensor(value, what):
+    """A value as a tensor that can travel.
+
+    Raises:
+        ValueError: of a dtype that commlib does not know.
+    """
+    tensor = tf.convert_to_tensor(value)
+    if tensor.dtype not in DTYPES:
+        known = ", ".join(dtype.name for dtype in DTYPES)
+        raise ValueError(f"{what}: dtype {tensor.dtype.name} is not supported; use one of {known}")
+    return tensor
+
+
+def _check_compiler(graph, kind):
+    if control_flow_util.GraphOrParentsInXlaContext(graph):
+        raise ValueError(f"{kind} cannot be compiled by XLA: use tf.function without jit_compile=True, and Keras's "
+                         "compile(jit_compile=False)")  # fmt: skip
+
+
+def _place(graph, kind, tensor):
+    """A name for an op without one: the same in the same program on every rank, another for each op of a function."""
+    of = "" if tensor is None else "_" + tensor.name.replace(":", "_")
+    return f"{getattr(graph, 'name', 'graph')}/{graph.unique_name(f'Commlib{kind}{of}', mark_as_used=True)}"
+
+
+def _let_run_freely(graph, made):
+    """Takes an op out of the order of side effects, in which TensorFlow would run one after the other."""
+    manager = getattr(graph, "experimental_acd_manager", None)
+    if manager is not None:
+        first = made[0] if isinstance(made, (tuple, list)) else made
+        manager.run_independently(first if isinstance(first, tf.Operation) else first.op)
