@@ -7,7 +7,7 @@
 # make instructions-record  records them anew
 # make plots  draws docs/allreduce.svg and the README's tables from what make bench has measured
 #
-# The first two need Linux, Python >= 3.9 with venv, a C compiler (gcc) and the network for pip. No GPU, no CUDA.
+# The first two need Linux, Python >= 3.9 with venv, a C compiler (gcc; g++ for TensorFlow's op library) and the network for pip. No GPU, no CUDA.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -44,7 +44,7 @@ build: $(VENV)/.test
 wheel: $(VENV)/bin/pip
 	$(VENV)/bin/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
-SOURCES = pyproject.toml setup.py constraints.txt $(wildcard native/*.c native/*.h native/build.py)
+SOURCES = pyproject.toml setup.py constraints.txt $(wildcard native/*.c native/*.cc native/*.h native/build.py)
 
 $(VENV)/.demo: $(VENV)/bin/pip $(SOURCES)
 	$(PIP) -e '.[demo]'
@@ -58,4 +58,4 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info commlib/_native*.so
+	rm -rf $(VENV) build dist *.egg-info commlib/_native*.so commlib/_tensorflow_ops*.so

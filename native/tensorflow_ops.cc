@@ -322,6 +322,20 @@ bool make_output(Call *call, void **source, void **target)
     return true;
 }
 
+void land_directly(Call *call)
+{
+    const cl_functions *functions = library().functions;
+    cl_operation *operation = call->operation;
+    const char *text;
+    int32_t peer;
+    int status = functions->status(operation, &text, &peer);
+    if (status == CL_OK)
+        end(call);
+    else
+        end_failed(call, status, peer, *text != '\0' ? text : functions->status_text(status));
+    functions->release(operation); /* and its text */
+}
+
 void submit_directly(Session *session, Call *call)
 {
     std::shared_ptr<Description> description = description_of(session, call);
@@ -346,7 +360,12 @@ void submit_directly(Session *session, Call *call)
         return;
     }
     call->operation = operation; /* before anybody can take it */
-    session->functions->tell(operation, library().queue, call);
+    const char *text;
+    int32_t peer;
+    if (session->functions->status(operation, &text, &peer) == CL_AGAIN)
+        session->functions->tell(operation, library().queue, call);
+    else
+        land_directly(call); /* done already: no change of threads */
 }
 
 /* ---- compute: what TensorFlow calls ------------------------------------------------------------------------------ */
@@ -415,23 +434,13 @@ void compute_self_test(void *kernel, TF_OpKernelContext *context, TF_AsyncOpKern
 
 void land(Call *call, cl_operation *told)
 {
-    const cl_functions *functions = library().functions;
-    cl_operation *mine = call->operation;
-    if (mine == nullptr) {
-        functions->release(told);
-        int answer = library().callbacks.land(call);
-        end_answered(call, answer == CL_TENSORFLOW_BEGUN ? CL_TENSORFLOW_DONE : answer);
+    library().functions->release(told);
+    if (call->operation != nullptr) {
+        land_directly(call);
         return;
     }
-    const char *text;
-    int32_t peer;
-    int status = functions->status(mine, &text, &peer);
-    if (status == CL_OK)
-        end(call);
-    else
-        end_failed(call, status, peer, *text != '\0' ? text : functions->status_text(status));
-    functions->release(told);
-    functions->release(mine);
+    int answer = library().callbacks.land(call);
+    end_answered(call, answer == CL_TENSORFLOW_BEGUN ? CL_TENSORFLOW_DONE : answer);
 }
 
 void *land_all(void *)

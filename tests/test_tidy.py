@@ -12,7 +12,7 @@ CORE = ROOT / "commlib"
 LAYERS = [
     {"_native", "version"},
     {"errors", "buffer", "names", "reduction", "settings", "timeline", "plan", "cost", "verify", "fit", "schedule", "models",
-     "messages", "json_table", "cluster", "secret"},
+     "messages", "json_table", "cluster", "secret", "compressor"},
     {"algorithms"},
     {"bootstrap", "rendezvous", "rendezvous_wire", "rendezvous_server", "rendezvous_room", "proof", "handshake", "connect",
      "interfaces", "dial", "mpi"},
@@ -25,7 +25,7 @@ LAYERS = [
     {"session"},
     {"__init__", "run", "launch"},
     {"tune", "tune_report", "simulate", "simulate_report"},
-    {"commands", "horovod", "process_sets"},
+    {"commands", "horovod", "process_sets", "built", "ops"},
     {"__main__"},
 ]
 TOUCH_NATIVE = {"engine", "simulation", "calibrate", "errors"}

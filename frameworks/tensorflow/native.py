@@ -174,6 +174,7 @@ _NUMBERS = {
     "rank": lambda wish: commlib.rank(),
     "local_rank": lambda wish: commlib.local_rank(),
     "local_size": lambda wish: commlib.local_size(),
+    "place": lambda wish: wish.communicator.rank,
     "size": lambda wish: process_set_of_id(wish.set).size(),
     "process_set_included": lambda wish: int(process_set_of_id(wish.set).included()),
 }  # fmt: skip

@@ -3,6 +3,9 @@
 This file makes one op; what is done before and after (scaling, compression, lists, sparse tensors) is other files'.
 """
 
+import contextlib
+import functools
+
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
@@ -11,6 +14,9 @@ from commlib.tensorflow.library import ops
 from commlib.tensorflow.native import Wish, translated
 
 DTYPES = (tf.uint8, tf.int8, tf.int16, tf.int32, tf.int64, tf.float16, tf.bfloat16, tf.float32, tf.float64, tf.bool)
+
+# AutoGraph rewrites what a tf.function calls; our functions have nothing to be rewritten.
+as_it_is = tf.autograph.experimental.do_not_convert
 
 
 def make(kind, tensor=None, name=None, process_set=global_process_set, splits=None, **wish):
@@ -31,22 +37,72 @@ def make(kind, tensor=None, name=None, process_set=global_process_set, splits=No
         ValueError: XLA compiles this function.
         CommlibError, ValueError: in eager mode, as commlib.
     """
-    function = getattr(ops, "commlib_" + kind)
     inputs = [] if tensor is None else [tensor] if splits is None else [tensor, splits]
     set_id = number_of(process_set)
     if tf.executing_eagerly():
-        try:
-            return function(*inputs, call=Wish(kind, name, set_id, **wish).text())
-        except tf.errors.OpError as error:
-            failure = translated(error)
-            raise failure from (None if failure is not error else error.__cause__)
+        with translating():
+            return _op(kind, inputs, Wish(kind, name, set_id, **wish).text())
+    if name is None:
+        name = _place(tf.compat.v1.get_default_graph(), kind, tensor)
+    return _free_op(kind, inputs, Wish(kind, name, set_id, **wish).text())
+
+
+def make_all(kind, tensors, names, process_set=global_process_set, wishes=None, **wish):
+    """Ops of one kind that run at the same time, also in eager mode.
+
+    Args:
+        kind, process_set: as for `make`.
+        tensors, names: equally many; the names are given, each another one.
+        wishes: one dict per tensor, of what differs between the ops; the rest is `wish`.
+
+    Returns:
+        A list of outputs.
+    """
+    set_id = number_of(process_set)
+    wishes = wishes or [{} for _ in tensors]
+    texts = tuple(Wish(kind, name, set_id, **wish, **own).text() for name, own in zip(names, wishes))
+    if not texts:
+        return []
+    if tf.executing_eagerly():
+        with translating():
+            return list(_at_once(kind, texts)(*tensors))
+    return [_free_op(kind, [tensor], text) for tensor, text in zip(tensors, texts)]
+
+
+@functools.lru_cache(maxsize=256)
+def _at_once(kind, texts):
+    """A function that makes ops with these attributes. As a graph they overlap; one by one each would be waited for."""
+    return tf.function(lambda *tensors: [_free_op(kind, [tensor], text) for tensor, text in zip(tensors, texts)],
+                       autograph=False, reduce_retracing=True)  # fmt: skip
+
+
+@contextlib.contextmanager
+def translating():
+    """What TensorFlow raises for commlib becomes commlib's own exception."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        failure = translated(error)
+        if failure is error:
+            raise
+        raise failure from None
+
+
+def _op(kind, inputs, text):
+    return getattr(ops, "commlib_" + kind)(*inputs, call=text)
+
+
+def _free_op(kind, inputs, text):
     graph = tf.compat.v1.get_default_graph()
     _check_compiler(graph, kind)
-    if name is None:
-        name = _place(graph, kind, tensor)
-    made = function(*inputs, call=Wish(kind, name, set_id, **wish).text())
+    made = _op(kind, inputs, text)
     _let_run_freely(graph, made)
     return made
+
+
+def number(kind, process_set_id=0):
+    """An int32 scalar that is found out when it runs: "rank", "size" and so on, see native.py."""
+    return (_op if tf.executing_eagerly() else _free_op)("number", [], Wish(kind, set=process_set_id).text())
 
 
 def number_of(process_set):

@@ -12,6 +12,10 @@ from commlib import (
     Average, CommlibError, Max, Min, Product, Sum, cross_rank, cross_size, is_homogeneous, is_initialized, local_rank,
     local_size, rank, shutdown, size, stop_timeline,
 )  # fmt: skip
+from commlib.built import (
+    ccl_built, cuda_built, ddl_built, gloo_enabled, mpi_built, mpi_enabled, mpi_threads_supported, nccl_built, rocm_built,
+)  # fmt: skip
+from commlib.ops import Adasum
 from commlib.process_sets import (
     ProcessSet, add_process_set, add_process_sets, global_process_set, remove_process_set,
 )  # fmt: skip
@@ -23,12 +27,9 @@ from commlib.torch.grouped import (
     grouped_allgather, grouped_allgather_async, grouped_allreduce, grouped_allreduce_, grouped_allreduce_async,
     grouped_allreduce_async_, grouped_reducescatter, grouped_reducescatter_async,
 )  # fmt: skip
-from commlib.torch.information import (
-    ccl_built, cuda_built, ddl_built, gloo_built, gloo_enabled, mpi_built, mpi_enabled, mpi_threads_supported, nccl_built,
-    rocm_built,
-)  # fmt: skip
+from commlib.torch.information import gloo_built
 from commlib.torch.launching import job_secret
-from commlib.torch.limits import Adasum, join
+from commlib.torch.limits import join
 from commlib.torch.operations import (
     allgather_async, allreduce_async, allreduce_async_, alltoall_async, broadcast_async, broadcast_async_, poll,
     reducescatter_async, synchronize,

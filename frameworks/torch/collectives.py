@@ -4,12 +4,13 @@ All but the in-place ones are differentiable (autograd.py); operations.py has th
 """
 
 import commlib
+from commlib.compressor import checked_compression
+from commlib.ops import check_op, op_of
 from commlib.process_sets import communicator_of, global_process_set
 from commlib.torch import autograd
-from commlib.torch.compression import Compression, checked_compression
-from commlib.torch.limits import check_op
+from commlib.torch.compression import Compression
 from commlib.torch.operations import (
-    allgather_async, allreduce_async, allreduce_async_, alltoall_async, broadcast_async, broadcast_async_, op_of,
+    allgather_async, allreduce_async, allreduce_async_, alltoall_async, broadcast_async, broadcast_async_,
     reducescatter_async,
 )  # fmt: skip
 from commlib.torch.tensors import check_tensor

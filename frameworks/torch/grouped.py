@@ -7,11 +7,12 @@ overlaps them; nothing is copied together. Here they are begun together, and wai
 import time
 
 import commlib
+from commlib.compressor import checked_compression
+from commlib.ops import check_op, op_of
 from commlib.process_sets import global_process_set
 from commlib.torch import autograd
-from commlib.torch.compression import Compression, checked_compression
-from commlib.torch.limits import check_op
-from commlib.torch.operations import allgather_async, begin_allreduce, check_in_place, op_of, reducescatter_async
+from commlib.torch.compression import Compression
+from commlib.torch.operations import allgather_async, begin_allreduce, check_in_place, reducescatter_async
 from commlib.torch.tensors import check_tensor
 
 

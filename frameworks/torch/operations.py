@@ -7,8 +7,8 @@ checks tensors and moves them in and out of Buffers; the core does everything el
 import torch
 
 import commlib
+from commlib.ops import check_op, op_of
 from commlib.process_sets import communicator_of, global_process_set
-from commlib.torch.limits import check_op
 from commlib.torch.tensors import buffer_of, check_tensor, contiguous, tensor_of
 
 
@@ -75,19 +75,6 @@ def begin_allreduce(tensor, name, op, prescale_factor, postscale_factor, process
         overlapped=overlapped,
     )  # fmt: skip
     return Handle(handle, lambda _: _landed(tensor, wire))
-
-
-def op_of(average, op):
-    """The reduction that Horovod's two arguments mean together.
-
-    Raises:
-        ValueError: both were given.
-    """
-    if average is None:
-        return check_op(op)
-    if op is not None:
-        raise ValueError("The op parameter supersedes average. Please provide only one of them.")
-    return commlib.Average if average else commlib.Sum
 
 
 # ---- broadcast

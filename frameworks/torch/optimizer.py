@@ -11,13 +11,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 import commlib
+from commlib.compressor import checked_compression
+from commlib.ops import check_op
 from commlib.process_sets import ProcessSet, communicator_of, global_process_set
 from commlib.torch.chosen_groups import chosen_groups
-from commlib.torch.compression import Compression, checked_compression
+from commlib.torch.compression import Compression
 from commlib.torch.gradients import GradientExchange
 from commlib.torch.groups import LADDER
 from commlib.torch.landing import landing_of
-from commlib.torch.limits import check_op
 from commlib.torch.methods import DistributedMethods
 from commlib.torch.naming import Names
 from commlib.torch.overlapping import Overlapping

@@ -7,9 +7,9 @@ step ends, before such a gradient is sent for the first time.
 import torch
 
 import commlib
+from commlib.ops import check_op
 from commlib.process_sets import communicator_of, global_process_set
 from commlib.torch.groups import Group
-from commlib.torch.limits import check_op
 from commlib.torch.tensors import buffer_of, check_tensor, tensor_of
 
 
