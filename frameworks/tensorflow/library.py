@@ -32,8 +32,8 @@ def _load(path):
     try:
         return tf.load_op_library(path), ctypes.CDLL(path)
     except (OSError, tf.errors.OpError) as error:
-        raise ImportError(f"TensorFlow {tf.__version__} cannot load commlib's op library {path}: {error}. It was tried with "
-                          "2.16 to 2.21: use one of these, or the commlib that names yours in docs/tensorflow.md") from error  # fmt: skip
+        raise ImportError(f"TensorFlow {tf.__version__} cannot load commlib's op library {path}: {error}. It was "
+                          "tried with 2.16 to 2.21: use one of these") from error  # fmt: skip
 
 
 def _self_test():
