@@ -58,4 +58,4 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info commlib/_native*.so commlib/_tensorflow_ops*.so
+	rm -rf $(VENV) build dist *.egg-info commlib/_native*.so frameworks/tensorflow/_ops*.so

@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 STUB = "tensorflow_framework"
 
 tensorflow_ops = Extension(
-    "commlib._tensorflow_ops",
+    "commlib.tensorflow._ops",
     sources=["native/tensorflow_ops.cc"],
     include_dirs=["native"],
     depends=["native/commlib.h", "native/tensorflow_abi.h", "native/tensorflow_ops.h"],

@@ -21,7 +21,7 @@ def _check_version():
 
 
 def _path():
-    spec = importlib.util.find_spec("commlib._tensorflow_ops")
+    spec = importlib.util.find_spec("commlib.tensorflow._ops")
     if spec is None:
         raise ImportError("commlib was installed without its op library for TensorFlow, for want of a C++ compiler: install one "
                           "(g++), and pip install --force-reinstall --no-binary commlib commlib")  # fmt: skip
