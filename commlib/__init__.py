@@ -11,6 +11,7 @@ communicator, which `init` makes; frameworks have modules of their own, such as 
 from commlib.bootstrap import StartError
 from commlib.buffer import Buffer
 from commlib.communicator import Communicator
+from commlib.engine import Pieces
 from commlib.errors import (
     CommlibError, ForkedError, MismatchError, PeerLeftError, PeerLostError, ShutdownError,
 )  # fmt: skip
@@ -133,7 +134,7 @@ start_timeline, stop_timeline = _forward("start_timeline"), _forward("stop_timel
 
 __all__ = [
     "Average", "Buffer", "CommlibError", "Communicator", "ForkedError", "Handle", "Max", "MismatchError", "Min",
-    "PeerLeftError", "PeerLostError", "Product", "ReduceOp", "RunError", "Settings", "ShutdownError", "StartError", "Sum",
+    "PeerLeftError", "PeerLostError", "Pieces", "Product", "ReduceOp", "RunError", "Settings", "ShutdownError", "StartError", "Sum",
     "__version__", "allgather", "allgather_async", "allreduce", "allreduce_", "allreduce_async", "allreduce_async_",
     "alltoall", "alltoall_async", "barrier", "broadcast", "broadcast_", "broadcast_async", "broadcast_async_",
     "communicator", "cross_rank", "cross_size", "empty", "init", "is_homogeneous", "is_initialized", "local_rank", "local_size",

@@ -65,6 +65,12 @@ typedef struct { int32_t kind; int32_t peer; int32_t first_chunk; int32_t end_ch
 int cl_plan_new(const cl_step *steps, size_t nsteps, int32_t nchunks, int32_t inputs, cl_plan **plan);
 void cl_plan_free(cl_plan *plan);
 
+/* ---- pieces -------------------------------------------------------------------------------------------------- */
+
+/* Copies pieces that lie elsewhere (addresses, and bytes of each) into one that holds them in order, or back; no overlap. */
+void cl_gather(void *whole, const uintptr_t *pieces, const uint64_t *nbytes, size_t count);
+void cl_scatter(const void *whole, const uintptr_t *pieces, const uint64_t *nbytes, size_t count);
+
 /* ---- kernels ------------------------------------------------------------------------------------------------ */
 
 /* acc[i] = acc[i] (reduction) in[i], with this processor's best kernel. 16-bit floats are added in fp32, rounded once. */

@@ -16,12 +16,13 @@ class Arrival:
     def __init__(self, exchange, gradient):
         self.exchange = exchange
         self.gradient = gradient
-        for hook in list((gradient.parameter._post_accumulate_grad_hooks or {}).values()):
-            if isinstance(hook, Arrival) and hook.exchange is not exchange:
-                hook.retire()
-        self._registration = gradient.parameter.register_post_accumulate_grad_hook(self)
+        for arrival in arrivals_of(gradient.parameter):
+            if arrival.exchange is not exchange:
+                arrival.retire()
+        # A bound method, as an object with __call__ takes torch 0.25 us longer to call.
+        self._registration = gradient.parameter.register_post_accumulate_grad_hook(self.came)
 
-    def __call__(self, parameter):
+    def came(self, parameter):
         """Backward has accumulated into p.grad. What most calls do is done here, as it is done for every parameter."""
         gradient, exchange = self.gradient, self.exchange
         group = gradient.group
@@ -42,6 +43,12 @@ class Arrival:
         self._registration.remove()
 
 
+def arrivals_of(parameter):
+    """The Arrivals among a parameter's hooks."""
+    owners = [getattr(hook, "__self__", None) for hook in (parameter._post_accumulate_grad_hooks or {}).values()]
+    return [owner for owner in owners if isinstance(owner, Arrival)]
+
+
 def is_tracked(parameter):
     """Whether a gradient of this parameter reaches an exchange."""
-    return any(isinstance(hook, Arrival) for hook in (parameter._post_accumulate_grad_hooks or {}).values())
+    return bool(arrivals_of(parameter))

@@ -9,14 +9,14 @@ the result) or CLAIMED (step() has taken it out of p.grad; its update is still t
 
 import time
 
-from commlib.torch.arrival import Arrival
+from commlib.torch.arrival import Arrival, arrivals_of
 from commlib.torch.chosen_groups import members_of_chosen
 from commlib.torch.compressed import new_group
 from commlib.torch.compression import NoneCompressor
 from commlib.torch.differences import check_alike, told_by_all
 from commlib.torch.groups import (
     CAME_EARLY, CAME_LATE, LADDER, TOO_MANY_PASSES, ZEROED_IN_FLIGHT, Gradient, Phase, are_ordinary, can_share,
-    members_of_groups,
+    members_of_groups, versions_of,
 )  # fmt: skip
 from commlib.torch.order import FirstUse
 from commlib.torch.presence import Presence
@@ -104,8 +104,7 @@ class GradientExchange:
     def _wake(self, gradient):
         """A parameter requires gradients: until the next regrouping they travel by themselves."""
         self.asleep.remove(gradient)
-        hooks = (gradient.parameter._post_accumulate_grad_hooks or {}).values()
-        if not any(isinstance(hook, Arrival) and hook.exchange is self for hook in hooks):
+        if not any(arrival.exchange is self for arrival in arrivals_of(gradient.parameter)):
             Arrival(self, gradient)
         self._add_group([gradient])
         self._woken.add(gradient.group)
@@ -211,8 +210,9 @@ class GradientExchange:
         self.first_use.watch()
         self._wants |= self.first_use.end_step()
         self.regroup_due = self.regroup_due or not self.first_use.cohorts or self._presence.wanted()
+        frozen = [gradient.number for gradient in (*self.asleep, *absent) if not gradient.parameter.requires_grad]
         self._presence.send(
-            len(self.gradients), [gradient.number for gradient in absent], self._frozen,
+            len(self.gradients), [gradient.number for gradient in absent], frozen,
             wants=self._wants and not self.regroup_due, looked=looked, steps=self.steps,
         )  # fmt: skip
         for group in idle:
@@ -263,7 +263,7 @@ class GradientExchange:
             self._send_apart(group)
             return
         group.handle = group.submit(self.communicator)  # here nothing but the list holds a gradient: storage.py counts
-        group.versions = [getattr(tensor, "_version", None) for tensor in group.tensors]
+        group.versions = versions_of(group.tensors)
         group.phase = _FLYING
         self.first_use.sent.append(group.priority)
 

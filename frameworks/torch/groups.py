@@ -16,11 +16,14 @@ from typing import NamedTuple
 
 import torch
 
+import commlib
 from commlib.torch.storage import COPIED, PRIVATE, SMALL_NBYTES, Place, shared_tensor
 from commlib.torch.tensors import buffer_of
 
 # A loop in C over the tensors of a group costs a fifth of one in Python.
 _VERSION_OF, _DTYPE_OF, _LAYOUT_OF, _HAS_GRAPH = map(attrgetter, ("_version", "dtype", "layout", "requires_grad"))
+_NBYTES_OF, _GRADIENT_OF = attrgetter("nbytes"), attrgetter("grad")
+_ADDRESS_OF, _IS_CONTIGUOUS, _IS_NEGATED = torch.Tensor.data_ptr, torch.Tensor.is_contiguous, torch.Tensor.is_neg
 
 Phase = Enum("Phase", "IDLE FLYING REDUCED CLAIMED")
 
@@ -128,7 +131,7 @@ class Group:
 
     __slots__ = ("gradients", "parameters", "name", "priority", "phase", "missing", "absent", "tensors", "versions", "dtype",
                  "nbytes", "wire_nbytes", "wire_dtype", "exposed_s", "handle", "options", "path", "_wire", "_views", "_buffer",
-                 "_owners")  # fmt: skip
+                 "_owners", "_pieces", "_piece_nbytes")  # fmt: skip
 
     def __init__(self, gradients, prefix, options):
         first = gradients[0]
@@ -142,7 +145,7 @@ class Group:
         self.wire_nbytes, self.wire_dtype = self.nbytes, self.dtype
         self.exposed_s = 0.0
         self.path = PRIVATE
-        self._wire = self._views = self._buffer = None
+        self._wire = self._views = self._buffer = self._pieces = None
         for gradient in gradients:
             gradient.group = self
 
@@ -175,7 +178,7 @@ class Group:
             AssertionError: zero_grad() or the like took it away.
             RuntimeError: it was changed in place, or replaced.
         """
-        tensors, now = self.tensors, [parameter.grad for parameter in self.parameters]
+        tensors, now = self.tensors, list(map(_GRADIENT_OF, self.parameters))
         if not self.absent and all(map(is_, now, tensors)) and list(map(_VERSION_OF, tensors)) == self.versions:
             return
         for index, (present, tensor, version) in enumerate(zip(now, tensors, self.versions)):
@@ -215,7 +218,10 @@ class Group:
         if self._views is None:
             self._make_buffer(communicator)
         if not self.absent:
-            torch._foreach_copy_(self._views, self.tensors)
+            if self._lie_plainly(self.tensors):
+                self._pieces.gather(map(_ADDRESS_OF, self.tensors))
+            else:
+                torch._foreach_copy_(self._views, self.tensors)
             return self._buffer
         self._wire.zero_()
         present = [index for index in range(len(self.tensors)) if index not in self.absent]
@@ -232,8 +238,15 @@ class Group:
         parts = self._wire.split(counts)
         self._views = [part.view(parameter.shape) for part, parameter in zip(parts, self.parameters)]
         self._buffer = buffer_of(self._wire)
+        self._piece_nbytes = [view.nbytes for view in self._views]
+        self._pieces = commlib.Pieces(self._buffer.address, self._piece_nbytes)
         del parts
         self._owners = self._count_owners()
+
+    def _lie_plainly(self, tensors):
+        """Whether the bytes of all are those of the views: a copy of bytes costs a third of one of tensors."""
+        return (not self.dtype.is_complex and all(map(_IS_CONTIGUOUS, tensors)) and not any(map(_IS_NEGATED, tensors))
+                and list(map(_NBYTES_OF, tensors)) == self._piece_nbytes)  # fmt: skip
 
     def scatter(self, is_wanted):
         """Copies the result back: `tensors` become it, and None where is_wanted(gradient) is false for an absent one."""
@@ -242,6 +255,10 @@ class Group:
             tensor, wire, self._wire = self.tensors[0], self._wire, None
             if tensor is not None and tensor.data_ptr() != wire.data_ptr():
                 tensor.copy_(wire)
+            return
+        if not self.absent and self._lie_plainly(self.tensors):
+            self._pieces.scatter(map(_ADDRESS_OF, self.tensors))
+            torch.autograd.graph.increment_version(self.tensors)
             return
         for index in self.absent:
             if self.tensors[index] is not None:
@@ -262,7 +279,7 @@ class Group:
         """Whoever was lent the views is done with them. If he keeps one, he keeps the buffer, and the group gets another."""
         self.tensors = None
         if self._views is not None and self._count_owners() != self._owners:
-            self._wire = self._views = self._buffer = None
+            self._wire = self._views = self._buffer = self._pieces = None
 
     def _count_owners(self):
         """Who holds the buffer: a view itself, or another tensor over the same memory."""
@@ -283,6 +300,14 @@ def are_ordinary(tensors, dtype):
                 and not any(map(_HAS_GRAPH, tensors)))  # fmt: skip
     except AttributeError:  # of None
         return False
+
+
+def versions_of(tensors):
+    """How often each was changed in place; None of None."""
+    try:
+        return list(map(_VERSION_OF, tensors))
+    except AttributeError:
+        return [getattr(tensor, "_version", None) for tensor in tensors]
 
 
 def can_share(parameter):

@@ -31,7 +31,8 @@ class Presence:
     def __init__(self, communicator, name):
         self._communicator = communicator
         self._name = name
-        self._counts = self._buffer = self.handle = None
+        self._counts = self._words = self._buffer = self.handle = None
+        self._ones = self._everywhere = None  # what counts are where every rank has every gradient: told, and added up
         self.steps, self.frozen = 0, []
 
     def send(self, count, absent, frozen, *, wants, looked, steps):
@@ -46,20 +47,28 @@ class Presence:
             steps: how many steps this rank has made.
         """
         self._landed()
-        if self._counts is None or len(self._counts) != count + 3:
-            # NumPy's, as single elements of a tensor take microseconds to read and write.
-            self._counts = numpy.empty(count + 3, dtype=numpy.int32)
-            self._buffer = commlib.Buffer(self._counts.ctypes.data, (count + 3,), "int32", owner=self._counts, writable=True)
-        self._counts.fill(1)
+        words = self._words
+        if words is None or len(words) != count + 3:
+            words = self._make(count)
+        words[:_WISHES] = self._ones
         for number in absent:
-            self._counts[number] = 0
+            words[number] = 0
         for number in frozen:
-            self._counts[number] += _FROZEN
+            words[number] += _FROZEN
         self.steps, self.frozen = steps, frozen
-        self._counts[_WISHES:] = wants, looked, steps % _STEPS
+        words[_WISHES], words[_LOOKERS], words[_STEPS_MADE] = wants, looked, steps % _STEPS
         self.handle = self._communicator.allreduce_async_(
             self._buffer, name=self._name, op=commlib.Sum, overlapped=True
         )
+
+    def _make(self, count):
+        self._counts = numpy.empty(count + 3, dtype=numpy.int32)
+        self._buffer = commlib.Buffer(self._counts.ctypes.data, (count + 3,), "int32", owner=self._counts, writable=True)
+        # Once in a step, NumPy's own loops over so few words cost ten times as much as a memoryview's: their code is cold.
+        self._ones = memoryview(numpy.full(count, 1, dtype=numpy.int32))
+        self._everywhere = memoryview(numpy.full(count, self._communicator.size, dtype=numpy.int32))
+        self._words = memoryview(self._counts)
+        return self._words
 
     # ---- what the step that was sent last was like
 
@@ -73,21 +82,23 @@ class Presence:
 
     def is_seen_by_some(self):
         """Whether reduced gradients were seen on some ranks and not on others before step() took them."""
-        return 0 < int(self._landed()[_LOOKERS]) < self._communicator.size
+        return 0 < self._landed()[_LOOKERS] < self._communicator.size
 
     def differs(self):
         """Whether ranks had made different numbers of steps, had frozen different parameters or seen different gradients."""
         if self.handle is None:
             return False
-        same_steps = int(self._landed()[_STEPS_MADE]) == self.steps % _STEPS * self._communicator.size
+        same_steps = self._landed()[_STEPS_MADE] == self.steps % _STEPS * self._communicator.size
         return not same_steps or self.frozen_differ() or self.is_seen_by_some()
 
     def frozen_differ(self):
         """Whether a parameter was frozen on some ranks and not on others."""
-        on_how_many = self._landed()[:_WISHES] // _FROZEN
+        if self._landed()[:_WISHES] == self._everywhere:
+            return False
+        on_how_many = self._counts[:_WISHES] // _FROZEN
         return bool(((on_how_many > 0) & (on_how_many < self._communicator.size)).any())
 
     def _landed(self):
         if self.handle is not None:
             self.handle.wait()
-        return self._counts
+        return self._words

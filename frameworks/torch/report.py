@@ -17,7 +17,7 @@ class Meter:
         self.communication_s = 0.0
 
     def add(self, spans):
-        """Adds operations of one step: pairs (started_s, done_s), which may overlap each other."""
+        """Adds operations of whole steps: pairs (started_s, done_s), which may overlap each other."""
         end_s = float("-inf")
         for started_s, done_s in sorted(spans):
             if done_s > end_s:

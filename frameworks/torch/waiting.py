@@ -15,6 +15,9 @@ STEP_AFTER_SYNCHRONIZE = (
     "optimizer.synchronize() in your code."
 )
 
+# Of a few operations each.
+_MANY_STEPS = 64
+
 
 class Waiting:
     """What a distributed optimizer knows beyond the user's own: the exchange of gradients, and what it cost.
@@ -31,6 +34,7 @@ class Waiting:
         self.exchange = exchange
         self.whole_step = whole_step
         self.meter = Meter()
+        self._spans = []  # of every step that is not added up yet
         self.fallbacks = []  # reasons, in words, why something is waited for at step()
         self.synchronized = False
         self.should_synchronize = True
@@ -56,7 +60,7 @@ class Waiting:
         if self.exchange.regroup_due:
             self.exchange.regroup()
         self.meter.steps += 1
-        self.account()
+        self.account(now=False)
         return result
 
     def reducing(self, closure):
@@ -80,12 +84,20 @@ class Waiting:
     def _reduce_now(self):
         self.exchange.synchronize()
 
-    def account(self):
-        """Adds up what was measured since the last call; the first step, with its one-time work, is dropped."""
-        if self.meter.steps > 1:
-            self.meter.add(self.exchange.take_spans())
-        else:
+    def account(self, now=True):
+        """Adds up what was measured; the first step, with its one-time work, is dropped.
+
+        Args:
+            now: False: not before there are many steps to add up, as that has a price of its own.
+        """
+        if self.meter.steps <= 1:
             self.exchange.forget_costs()
+            return
+        self._spans.append(self.exchange.take_spans())
+        if now or len(self._spans) == _MANY_STEPS:
+            for spans in self._spans:
+                self.meter.add(spans)
+            self._spans.clear()
 
     def synchronize(self):
         """Waits for all gradients; p.grad holds the reduced ones."""
