@@ -2,7 +2,7 @@
 
     python benchmarks/latency.py --output benchmarks/results/latency.json
 
-At once: 1,000 tensors of 4 KB are submitted, then waited for. Urgent: 64 KB are submitted while 256 MB of low priority are
+At once: 1,000 tensors of 4 KB are submitted, then waited for; as a list: given to one call. Urgent: 64 KB are submitted while 256 MB of low priority are
 moving, and by themselves; only commlib has priorities, the others show what it is to have none. The raw data goes to the
 file; plot.py draws it.
 """
@@ -28,6 +28,7 @@ def orders_of(behind_nbytes):
     """What is measured: name -> order."""
     return {
         "at_once": {"do": "at_once", "count": TENSORS, "nbytes": TENSOR_NBYTES},
+        "as_list": {"do": "as_list", "count": TENSORS, "nbytes": TENSOR_NBYTES},
         "idle": {"do": "blocking", "nbytes": URGENT_NBYTES},
         "urgent": {"do": "urgent", "nbytes": URGENT_NBYTES, "behind_nbytes": behind_nbytes},
     }

@@ -1,7 +1,8 @@
 """The libraries that commlib is measured against: how each is installed, started and asked for an all-reduce.
 
 A peer that Python can call is a class with `prepare(array, name)`, which returns a blocking all-reduce (in place, float32,
-sum), and `start(array, name, priority)`, which begins one and returns a function that waits; and it is one line in PEERS.
+sum), and `start(array, name, priority)`, which begins one and returns a function that waits; where it reduces lists, it has
+`reduce_list(arrays, name)`; and it is one line in PEERS.
 `environments` installs what the table says, and `rank` runs a class as one rank.
 """
 
@@ -39,6 +40,9 @@ class Commlib(Private):
     def start(self, array, name, priority):
         return self.communicator.allreduce_async_(array, name=name, op=self.sum, priority=priority).wait
 
+    def reduce_list(self, arrays, name):
+        self.communicator.grouped_allreduce_(arrays, name=name, op=self.sum)
+
 
 class CommlibPrepared(Commlib):
     """commlib, its blocking calls prepared."""
@@ -72,6 +76,9 @@ class Gloo(Private):
 
     def start(self, array, name, priority):
         return self.dist.all_reduce(self.tensor_of(array), async_op=True).wait
+
+    def reduce_list(self, arrays, name):
+        self.dist.all_reduce_coalesced([self.tensor_of(array) for array in arrays])
 
 
 class Mpi(Private):

@@ -68,13 +68,13 @@ def latency_table(records):
     record = records["latency"]
     orders, seconds = record["orders"], record["seconds"]
     count, urgent = orders["at_once"]["count"], orders["urgent"]
-    lines = [["", f"{count:,} x {size_text(orders['at_once']['nbytes'])} at once, each",
+    lines = [["", f"{count:,} x {size_text(orders['at_once']['nbytes'])} at once, each", "as a list, each",
               f"{size_text(urgent['nbytes'])} alone",
               f"{size_text(urgent['nbytes'])}, urgent, behind {size_text(urgent['behind_nbytes'])}"]]  # fmt: skip
     for name in seconds["idle"]:
         of_peer = {what: statistics.median(seconds[what][name]) if seconds[what][name] else None for what in orders}
-        each_s = of_peer["at_once"] and of_peer["at_once"] / count
-        lines.append([name, *map(microseconds, (each_s, of_peer["idle"], of_peer["urgent"]))])
+        each_s = [of_peer.get(what) and of_peer[what] / count for what in ("at_once", "as_list")]
+        lines.append([name, *map(microseconds, (*each_s, of_peer["idle"], of_peer["urgent"]))])
     return "\n".join([f"Microseconds. {about(record)}", "", *markdown(lines), "", *absences(record)]).rstrip()
 
 

@@ -34,6 +34,12 @@ def at_once(peer, count, nbytes, repeats):
     return [timed(all_of_them) for _ in range(repeats)]
 
 
+def as_list(peer, count, nbytes, repeats):
+    """Seconds of an all-reduce of a list of `count` tensors; none where the peer takes no lists."""
+    arrays, reduce_list = [peer.array(nbytes) for _ in range(count)], getattr(peer, "reduce_list", None)
+    return [timed(lambda: reduce_list(arrays, "list")) for _ in range(repeats)] if reduce_list else []
+
+
 def urgent(peer, nbytes, behind_nbytes, repeats):
     """Seconds of an urgent all-reduce that is submitted while a large one is moving."""
     large, small = peer.array(behind_nbytes), peer.array(nbytes)
@@ -54,7 +60,7 @@ def timed(function):
     return time.perf_counter() - begin_s
 
 
-ORDERS = {"blocking": blocking, "at_once": at_once, "urgent": urgent}
+ORDERS = {"blocking": blocking, "at_once": at_once, "as_list": as_list, "urgent": urgent}
 
 
 def main():

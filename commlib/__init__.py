@@ -123,6 +123,8 @@ def _forward(name):
 
 allreduce, allreduce_ = _forward("allreduce"), _forward("allreduce_")
 allreduce_async, allreduce_async_ = _forward("allreduce_async"), _forward("allreduce_async_")
+grouped_allreduce, grouped_allreduce_ = _forward("grouped_allreduce"), _forward("grouped_allreduce_")
+grouped_allreduce_async, grouped_allreduce_async_ = _forward("grouped_allreduce_async"), _forward("grouped_allreduce_async_")
 broadcast, broadcast_ = _forward("broadcast"), _forward("broadcast_")
 broadcast_async, broadcast_async_ = _forward("broadcast_async"), _forward("broadcast_async_")
 allgather, allgather_async = _forward("allgather"), _forward("allgather_async")
@@ -137,7 +139,8 @@ __all__ = [
     "PeerLeftError", "PeerLostError", "Pieces", "Product", "ReduceOp", "RunError", "Settings", "ShutdownError", "StartError", "Sum",
     "__version__", "allgather", "allgather_async", "allreduce", "allreduce_", "allreduce_async", "allreduce_async_",
     "alltoall", "alltoall_async", "barrier", "broadcast", "broadcast_", "broadcast_async", "broadcast_async_",
-    "communicator", "cross_rank", "cross_size", "empty", "init", "is_homogeneous", "is_initialized", "local_rank", "local_size",
+    "communicator", "cross_rank", "cross_size", "empty", "grouped_allreduce", "grouped_allreduce_", "grouped_allreduce_async",
+    "grouped_allreduce_async_", "init", "is_homogeneous", "is_initialized", "local_rank", "local_size",
     "prepare_allreduce_", "rank", "reducescatter", "reducescatter_async", "run", "shutdown", "size", "start_timeline",
     "stop_timeline",
 ]  # fmt: skip

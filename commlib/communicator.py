@@ -10,6 +10,7 @@ from functools import partial
 from commlib.buffer import Buffer, as_buffer, copy_into, ndarray, new_like, style_of, writable_buffer
 from commlib.collective import Submitter
 from commlib.control import Control
+from commlib.grouped import GroupedCollectives
 from commlib.layout import checked_ranks
 from commlib.reduction import Average, check_op
 from commlib.results import Rows, exchanged, new_shared
@@ -18,13 +19,11 @@ from commlib.timeline import Timeline
 # Operations of others that still need this rank's last bytes get this long at close.
 _LINGER_MS = 2000
 
-# Every rank's bytes may have another length.
-_ANY = ("any",)
-
+_ANY = ("any",)  # every rank's bytes may have another length
 _NOTHING = Buffer(0, (0,), "uint8", None, True)
 
 
-class Communicator:
+class Communicator(GroupedCollectives):
     """The collectives of a group of ranks; made by `commlib.init()`.
 
     Operations are matched between ranks by their names, in whatever order they are submitted; unnamed ones by their
@@ -50,6 +49,7 @@ class Communicator:
         self._submitter = submitter or Submitter(engine, topology.hosts, settings)
         self.native = engine, self._submitter  # for commlib.direct
         self._topology = topology
+        self._layouts = {}  # of grouped operations
         self.rank, self.size, self.ranks = self._submitter.rank, self._submitter.size, self._submitter.members
         self.local_rank, self.local_size = topology.local_rank, topology.local_size
         self.cross_rank, self.cross_size = topology.cross_rank, topology.cross_size

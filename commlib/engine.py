@@ -406,6 +406,7 @@ def new_members(members):
 
 
 _BYTES = ffi.typeof("char[]")
+_ADDRESS = ffi.typeof("uintptr_t")
 
 
 def memory_of(array):
@@ -415,6 +416,11 @@ def memory_of(array):
         ValueError, TypeError, BufferError: it is no such array.
     """
     return ffi.from_buffer(_BYTES, array, True)
+
+
+def address_of(array, writable=False):
+    """Where the memory of a C-contiguous array with the buffer protocol begins, as an int; raises as `memory_of`."""
+    return int(ffi.cast(_ADDRESS, ffi.from_buffer(_BYTES, array, writable)))
 
 
 def pointer_of(buffer):

@@ -19,7 +19,7 @@ LAYERS = [
     {"engine", "control", "selection"},
     {"calibrate", "layout", "handle", "prepared", "results", "simulation"},
     {"collective", "simulated_training"},
-    {"tickets", "workload"},
+    {"tickets", "workload", "grouped"},
     {"communicator"},
     {"mpi_mover", "direct"},
     {"session"},
