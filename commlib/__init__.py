@@ -11,11 +11,11 @@ communicator, which `init` makes; frameworks have modules of their own, such as 
 from commlib.bootstrap import StartError
 from commlib.buffer import Buffer
 from commlib.communicator import Communicator
-from commlib.engine import Pieces
 from commlib.errors import (
     CommlibError, ForkedError, MismatchError, PeerLeftError, PeerLostError, ShutdownError,
 )  # fmt: skip
 from commlib.handle import Handle
+from commlib.memory import Pieces
 from commlib.reduction import Average, Max, Min, Product, ReduceOp, Sum
 from commlib.run import RunError, run
 from commlib.session import Session, forwarded

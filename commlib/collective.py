@@ -11,11 +11,11 @@ import zlib
 
 from commlib.buffer import DTYPES
 from commlib.engine import (
-    AGAIN, KIND_CODES, NO_PLAN, copy_of_request, memory_of, native_plan, new_members, new_offsets, new_request, new_text,
-    pointer_of,
+    AGAIN, KIND_CODES, NO_PLAN, copy_of_request, native_plan, new_members, new_offsets, new_request, new_text,
 )  # fmt: skip
 from commlib.handle import Flight, Handle
 from commlib.layout import Layout
+from commlib.memory import memory_of, pointer_of
 from commlib.names import Names, Use, busy_text, key_of_use
 from commlib.prepared import Prepared
 from commlib.reduction import Average

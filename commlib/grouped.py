@@ -10,8 +10,8 @@ import zlib
 from typing import NamedTuple
 
 from commlib.buffer import Buffer, as_buffer, new_like, style_of, writable_buffer
-from commlib.engine import Pieces, address_of
 from commlib.errors import CommlibError
+from commlib.memory import Pieces, address_of
 from commlib.reduction import Average, check_op
 
 # By itself an array costs about 10 us on both of two ranks, in company a copy there and one back: 64 KiB take as long.

@@ -11,9 +11,10 @@ from typing import Protocol
 
 from commlib.buffer import DTYPES, Buffer, new_like
 from commlib.collective import Submitter, segment_elements
-from commlib.engine import AGAIN, NO_OFFSETS, NO_PLAN, TICKET_CODE, scale
+from commlib.engine import AGAIN, NO_OFFSETS, NO_PLAN, TICKET_CODE
 from commlib.errors import CommlibError
 from commlib.handle import Handle
+from commlib.memory import scale
 from commlib.results import Rows
 
 # The engine's own exchange already is what these need: all ranks have come.

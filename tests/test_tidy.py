@@ -16,7 +16,7 @@ LAYERS = [
     {"algorithms"},
     {"bootstrap", "rendezvous", "rendezvous_wire", "rendezvous_server", "rendezvous_room", "proof", "handshake", "connect",
      "interfaces", "dial", "mpi"},
-    {"engine", "control", "selection"},
+    {"engine", "memory", "control", "selection"},
     {"calibrate", "layout", "handle", "prepared", "results", "simulation"},
     {"collective", "simulated_training"},
     {"tickets", "workload", "grouped"},
@@ -28,7 +28,7 @@ LAYERS = [
     {"commands", "horovod", "process_sets", "built", "ops"},
     {"__main__"},
 ]
-TOUCH_NATIVE = {"engine", "simulation", "calibrate", "errors"}
+TOUCH_NATIVE = {"engine", "memory", "simulation", "calibrate", "errors"}
 READ_ENVIRONMENT = {"bootstrap"}
 HAND_ENVIRONMENT_ON = {"launch", "run"}
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "mpi4py"}
