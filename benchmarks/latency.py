@@ -3,8 +3,8 @@
     python benchmarks/latency.py --output benchmarks/results/latency.json
 
 At once: 1,000 tensors of 4 KB are submitted, then waited for; as a list: given to one call. Urgent: 64 KB are submitted while
-256 MB of low priority are moving, and by themselves; only commlib has priorities, the others show what it is to have none. The raw data goes to the
-file; plot.py draws it.
+256 MB of low priority are moving, and by themselves; only commlib has priorities, the others show what it is to have none. The
+raw data goes to the file; plot.py draws it.
 """
 
 import argparse
