@@ -397,24 +397,31 @@ static bool says_goodbye_to(const cl_engine *engine, int32_t rank)
     return peer->link != NULL && !peer->left && !peer->lost;
 }
 
+/*
+ * Seen here: the rank is no more, which is no failure if it had said goodbye. Heard from others (tell is false): they have
+ * ended, whatever that rank had said to us; and our own link to it may still carry the news.
+ */
 void cl_engine_lost(cl_engine *engine, int32_t rank, const char *reason, bool tell)
 {
     bool is_peer = rank >= 0 && rank < engine->size && rank != engine->rank;
-    if (is_peer && engine->peers[rank].lost)
-        return;
-    if (is_peer)
+    if (is_peer && tell) {
+        if (engine->peers[rank].lost)
+            return;
         engine->peers[rank].lost = true;
-    if ((is_peer && engine->peers[rank].left) || engine->health != CL_OK || engine->leaving)
-        return; /* it had said goodbye; or the first loss is the one that is told */
+        if (engine->peers[rank].left)
+            return;
+    }
+    if (engine->health != CL_OK || engine->leaving)
+        return; /* the first loss is the one that is told */
     engine->health = CL_PEER_LOST;
     engine->blamed = rank;
     const char *host = rank >= 0 && rank < engine->size ? engine->peers[rank].host : "";
-    int length = snprintf(engine->health_text, sizeof engine->health_text, "rank %d%s%s was lost: ", rank,
-                          host[0] ? " on host " : "", host);
+    int length = snprintf(engine->health_text, sizeof engine->health_text, "rank %d%s%s was lost%s: ", rank,
+                          host[0] ? " on host " : "", host, !tell && rank == engine->rank ? " to the others" : "");
     engine->health_reason = engine->health_text + length;
     snprintf(engine->health_text + length, sizeof engine->health_text - (size_t)length, "%s", reason);
-    for (int32_t r = 0; tell && r < engine->size; r++)
-        if (says_goodbye_to(engine, r)) {
+    for (int32_t r = 0; r < engine->size; r++)
+        if ((tell || r == rank) && says_goodbye_to(engine, r)) {
             engine->peers[r].owes_lost = true;
             cl_engine_touch(engine, r);
         }
