@@ -5,6 +5,8 @@
 # make instructions         counts the instructions of the engine's hot paths with callgrind, and compares them with what was
 #             recorded: that shows on a busy machine, too, what a change costs
 # make instructions-record  records them anew
+# make soak   random runs of the engine with random faults (tests/native/seeds_test.c) until it is stopped or a seed fails; then it
+#             prints the seed, the end of what happened, and the command that repeats it. make soak SEED=N begins with seed N
 # make plots  draws docs/allreduce.svg and the README's tables from what make bench has measured
 #
 # The first two need Linux, Python >= 3.9 with venv, a C compiler (gcc; g++ for TensorFlow's op library) and the network for pip. No GPU, no CUDA.
@@ -13,7 +15,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench plots instructions instructions-record build wheel clean
+.PHONY: demo test bench soak plots instructions instructions-record build wheel clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/commrun -np 2 $(VENV)/bin/python examples/torch_digits.py
@@ -31,6 +33,14 @@ instructions:
 
 instructions-record:
 	$(PYTHON) benchmarks/instructions.py --record
+
+SOAK = $(wildcard native/*.c) $(addprefix tests/native/,seeds_test.c storm.c storm_end.c tasks.c world.c)
+SEED ?= $(shell date +%s)0000
+
+soak:
+	mkdir -p build/soak
+	$(CC) -std=gnu11 -O2 -g -pthread -o build/soak/seeds_test $(SOAK) -lm
+	build/soak/seeds_test $(SEED) 0
 
 plots: $(VENV)/.test
 	$(PIP) matplotlib
