@@ -14,9 +14,9 @@ STUB = "tensorflow_framework"
 
 tensorflow_ops = Extension(
     "commlib.tensorflow._ops",
-    sources=["native/tensorflow_ops.cc"],
+    sources=["native/tensorflow_calls.cc", "native/tensorflow_ops.cc"],
     include_dirs=["native"],
-    depends=["native/commlib.h", "native/tensorflow_abi.h", "native/tensorflow_ops.h"],
+    depends=["native/commlib.h", "native/tensorflow_abi.h", "native/tensorflow_calls.h", "native/tensorflow_ops.h"],
     extra_compile_args=["-std=c++17", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"],
     extra_link_args=["-Wl,--no-as-needed", f"-l{STUB}", "-Wl,--as-needed", "-ldl", "-pthread"],
     language="c++",

@@ -11,6 +11,7 @@ enum { CL_TENSORFLOW_VERSION = 1, CL_TENSORFLOW_TEXT_NBYTES = 1024, CL_TENSORFLO
 
 /* One execution of an op, as Python sees it. It lives until `land` has returned. */
 typedef struct {
+    void *token;           /* what a queue tells of this call */
     const char *call;      /* the op's attribute: JSON */
     int32_t dtype;         /* a cl_dtype; -1: the op has no input */
     int32_t ndims;         /* of input 0, */

@@ -38,7 +38,7 @@ class _Call(ctypes.Structure):
     """cl_tensorflow_call: one execution of an op."""
 
     _fields_ = (
-        ("call", ctypes.c_char_p), ("dtype", _I32), ("ndims", _I32), ("dims", ctypes.POINTER(_I64)), ("data", _POINTER),
+        ("token", _POINTER), ("call", ctypes.c_char_p), ("dtype", _I32), ("ndims", _I32), ("dims", ctypes.POINTER(_I64)), ("data", _POINTER),
         ("splits", ctypes.POINTER(_I64)), ("nsplits", _I64), ("status", _I32), ("peer", _I32),
         ("text", ctypes.c_char * _TEXT_NBYTES),
     )  # fmt: skip
@@ -232,13 +232,13 @@ def _begin(call):
         _write(call, 0, numpy.array(number(wish), dtype=numpy.int32))
         return _DONE
     handle = _BEGIN[wish.kind](wish, call)
-    _session.handles[ctypes.addressof(call)] = handle
-    _session.direct.tell(handle, _library.commlib_tensorflow_queue(), ctypes.addressof(call))
+    _session.handles[call.token] = handle
+    _session.direct.tell(handle, _library.commlib_tensorflow_queue(), call.token)
     return _BEGUN
 
 
 def _land(call):
-    results = _session.handles.pop(ctypes.addressof(call)).wait()
+    results = _session.handles.pop(call.token).wait()
     for index, result in enumerate(results if type(results) is tuple else (results,)):
         if result is not None and wish_of(call.call).kind != "barrier":
             _write(call, index, result if index == 0 else result.astype(numpy.int64))
@@ -250,7 +250,7 @@ class _Session:
 
     def __init__(self):
         self.direct = None
-        self.handles = {}  # address of a call -> Handle
+        self.handles = {}  # token of a call -> Handle
         self._lock = threading.Lock()
 
     def open(self):
@@ -284,6 +284,7 @@ def _attach(call):
 
 _session = _Session()
 attach = _session.open
+drop_begun = _library.commlib_tensorflow_drop
 # Kept for as long as kernels may call them, which is for ever.
 _callbacks = _Callbacks(_CALLBACK(_answering(_attach)), _DESCRIBE(_answering(_describe)), _CALLBACK(_answering(_begin)),
                         _CALLBACK(_answering(_land)))  # fmt: skip

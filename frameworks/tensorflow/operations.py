@@ -5,6 +5,7 @@ This file makes one op; what is done before and after (scaling, compression, lis
 
 import contextlib
 import functools
+import weakref
 
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
@@ -97,6 +98,56 @@ def _free_op(kind, inputs, text):
     _check_compiler(graph, kind)
     made = _op(kind, inputs, text)
     _let_run_freely(graph, made)
+    return made
+
+
+def begin(tensor, name, process_set=global_process_set, **wish):
+    """Begins an all-reduce that `finish` ends, later and perhaps in another function; each is finished once.
+
+    Where the engine cannot be told directly (another backend, a timeline is recorded) it is waited for here.
+
+    Args:
+        tensor, process_set, **wish: as for `make`.
+        name: needed.
+
+    Returns:
+        What must be run, in a graph of TensorFlow 1; in a function it runs by itself.
+    """
+    text = Wish("allreduce", name, number_of(process_set), **wish).text()
+    if tf.executing_eagerly():
+        with translating():
+            return _op("begin", [tensor], text)
+    # A gradient need not depend on its own variable: nothing else says that the last result comes first.
+    with tf.control_dependencies(_finished(tf.compat.v1.get_default_graph()).get(text, [])):
+        return _free_op("begin", [tensor], text)
+
+
+def _finished(graph):
+    """What of a graph finishes reductions: attribute -> [op]."""
+    if graph not in _finishing:
+        _finishing[graph] = {}
+    return _finishing[graph]
+
+
+_finishing = weakref.WeakKeyDictionary()
+
+
+def finish(name, dtype, shape, process_set=global_process_set, **wish):
+    """The result of what `begin` began with the same name, process set and wish: of that dtype and shape.
+
+    Raises:
+        ValueError, CommlibError: in eager mode, as `make`; and nothing of the name was begun.
+    """
+    text = Wish("allreduce", name, number_of(process_set), **wish).text()
+    if tf.executing_eagerly():
+        with translating():
+            return ops.commlib_finish(T=dtype, call=text)
+    graph = tf.compat.v1.get_default_graph()
+    _check_compiler(graph, "allreduce")
+    made = ops.commlib_finish(T=dtype, call=text)
+    made.set_shape(shape)
+    _let_run_freely(graph, made)
+    _finished(graph)[text] = [made.op]
     return made
 
 
