@@ -38,7 +38,8 @@ class _Call(ctypes.Structure):
     """cl_tensorflow_call: one execution of an op."""
 
     _fields_ = (
-        ("token", _POINTER), ("call", ctypes.c_char_p), ("dtype", _I32), ("ndims", _I32), ("dims", ctypes.POINTER(_I64)), ("data", _POINTER),
+        ("token", _POINTER), ("call", ctypes.c_char_p), ("dtype", _I32), ("ndims", _I32),
+        ("dims", ctypes.POINTER(_I64)), ("data", _POINTER),
         ("splits", ctypes.POINTER(_I64)), ("nsplits", _I64), ("status", _I32), ("peer", _I32),
         ("text", ctypes.c_char * _TEXT_NBYTES),
     )  # fmt: skip
