@@ -10,9 +10,10 @@ algorithms that it selects. See docs/torch-distributed.md.
 import torch.distributed as dist
 
 from commlib.torch.distributed.group import NAME, CommlibGroup
+from commlib.torch.distributed.hook import DDPState, ddp_hook
 from commlib.torch.distributed.root import create
 from commlib.torch.distributed.work import CollectiveTimeoutError, Work
 
 dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu"])
 
-__all__ = ["CollectiveTimeoutError", "CommlibGroup", "Work"]
+__all__ = ["CollectiveTimeoutError", "CommlibGroup", "DDPState", "Work", "ddp_hook"]

@@ -1,0 +1,25 @@
+"""DDP, FSDP2, DTensor and torch.distributed.nn over commlib learn and compute what they do over gloo."""
+
+import pytest
+from starting import start
+from support import Died
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Two ranks with default groups of commlib's and of gloo's."""
+    with start(2, initialize=False) as ranks:
+        ranks.call("c10d_collectives:begin", str(tmp_path_factory.mktemp("parallel") / "store"))
+        yield ranks
+        ranks.call("c10d_collectives:end")
+
+
+@pytest.mark.parametrize("case", ["ddp", "ddp_features", "fsdp", "dtensor", "functional"])
+def test_beside_gloo(ranks, case):
+    ranks.call(f"parallel_cases:{case}")
+
+
+def test_ddp_says_who_was_lost(tmp_path):
+    with start(2, initialize=False) as ranks:
+        text, died = ranks.outcomes("parallel_cases:losing", str(tmp_path / "store"))
+        assert "rank 1 was lost: its process died" in text and isinstance(died, Died)
