@@ -15,14 +15,18 @@ class ProcessSet:
     """Some of the ranks. Pass it to init(process_sets=[...]) or add_process_set, on every rank; then collectives take it.
 
     Args:
-        ranks_or_comm: ranks, in any order. (An mpi4py communicator is refused: what its ranks are here, nobody knows.)
+        ranks_or_comm: ranks, in any order; or an mpi4py communicator of these processes, whose ranks are found out when the
+            set is registered. Communicators may differ between ranks, as those of `Split` do: each becomes a set, and every
+            rank's object is the set that it is in. A rank that is in none passes MPI.COMM_NULL.
 
     Attributes:
-        process_set_id: its number, the same on all ranks; None while it is not registered.
-        ranks: in ascending order. Ranks within the set, and parts of gathered tensors, are in that order.
+        process_set_id: its number, the same on all ranks; None while it is not registered, and for MPI.COMM_NULL.
+        ranks: in ascending order; None: a communicator's, not registered yet. Ranks within the set, and parts of gathered
+            tensors, are in that order.
+        mpi_comm: the communicator that it was made of, or None.
 
     Raises:
-        ValueError: not a sequence of ints.
+        ValueError: neither a sequence of ints nor a communicator.
 
     Example:
         >>> import commlib
@@ -36,12 +40,13 @@ class ProcessSet:
     mpi_comm = None
 
     def __init__(self, ranks_or_comm):
-        if not isinstance(ranks_or_comm, Iterable) or any(type(rank) is not int for rank in ranks_or_comm):
-            raise ValueError(
-                f"ProcessSet should be initialized with a list of process ranks, not {ranks_or_comm!r}; of an mpi4py "
-                "communicator they are comm.allgather(commlib.rank())"
-            )
-        self.ranks = sorted(ranks_or_comm)
+        if all(hasattr(ranks_or_comm, name) for name in ("Get_rank", "allgather")):
+            self.mpi_comm, self.ranks = ranks_or_comm, None
+        elif not isinstance(ranks_or_comm, Iterable) or any(type(rank) is not int for rank in ranks_or_comm):
+            raise ValueError("ProcessSet should be initialized with a list of process ranks or an mpi4py communicator, not "
+                             f"{ranks_or_comm!r}")  # fmt: skip
+        else:
+            self.ranks = sorted(ranks_or_comm)
         self.process_set_id = None  # its number, the same on all ranks, while it is registered
         self._communicator = None
 
@@ -84,7 +89,7 @@ class ProcessSet:
         return _set_of, (self.ranks,)
 
     def __repr__(self):
-        return f"ProcessSet(process_set_id={self.process_set_id}, ranks={self.ranks}, mpi_comm=None)"
+        return f"ProcessSet(process_set_id={self.process_set_id}, ranks={self.ranks}, mpi_comm={self.mpi_comm})"
 
 
 class _GlobalProcessSet(ProcessSet):
@@ -129,21 +134,29 @@ class _Registry:
         Raises:
             ValueError: on every rank: they differ, are there already, or name ranks that are not.
         """
-        asked = [process_set.ranks for process_set in process_sets]
-        told = self._told("add_process_set", asked)
+        told = self._told("add_process_set", [process_set.ranks if process_set.mpi_comm is None else self._ranks_of(process_set)
+                                              for process_set in process_sets])  # fmt: skip
         size = self.communicator().size
         known = [list(range(size)), *(process_set.ranks for process_set in self.sets.values())]
-        for ranks in told:
+        for ranks in (ranks for slot in told for ranks in slot):
             if not ranks or len(set(ranks)) != len(ranks) or ranks[0] < 0 or ranks[-1] >= size:
                 raise ValueError(f"a process set needs ranks in [0, {size}), each once, not {ranks}")
             if ranks in known:
                 raise ValueError(f"a process set of ranks {ranks} is there already: use that one (or global_process_set)")
             known.append(ranks)
-        for process_set in process_sets:
-            self._register(process_set)
+        for process_set, slot in zip(process_sets, told):
+            for ranks in slot:
+                is_mine = process_set.mpi_comm is None or self.communicator().rank in ranks
+                self._register(process_set if is_mine else ProcessSet(ranks), ranks)
 
-    def _register(self, process_set):
+    def _ranks_of(self, process_set):
+        """A communicator's ranks here, in a dict, which says that other ranks may have other ones."""
+        comm = process_set.mpi_comm
+        return {"comm": sorted(comm.allgather(self.communicator().rank)) if comm else []}
+
+    def _register(self, process_set, ranks):
         communicator = self.communicator()
+        process_set.ranks = ranks
         process_set.process_set_id = self.next_id
         process_set._communicator = communicator.group(process_set.ranks) if communicator.rank in process_set.ranks else None
         self.sets[self.next_id] = process_set
@@ -155,11 +168,12 @@ class _Registry:
         Raises:
             ValueError: on every rank: they want different ones removed.
         """
-        self._told("remove_process_set", [[process_set.process_set_id]])
-        if process_set.process_set_id not in self.sets:
-            return False
-        self._forget(process_set.process_set_id)
-        return True
+        mine = [] if process_set.process_set_id is None else [process_set.process_set_id]
+        (slot,) = self._told("remove_process_set", [mine if process_set.mpi_comm is None else {"comm": mine}])
+        known = [number for ids in slot for number in ids if number in self.sets]
+        for number in known:
+            self._forget(number)
+        return bool(known)
 
     def _forget(self, process_set_id):
         process_set = self.sets.pop(process_set_id)
@@ -171,14 +185,21 @@ class _Registry:
             self._forget(process_set_id)
 
     def _told(self, what, mine):
-        """What all ranks want, which is the same."""
+        """What all ranks want, which is the same; for each of it a list, of one, or of all that communicators' ranks want."""
         communicator = self.communicator()
         told = [json.loads(payload) for payload in communicator.exchange(json.dumps(mine).encode(), name=what)]
-        other = next((rank for rank, theirs in enumerate(told) if theirs != told[0]), None)
+        plain = [[None if isinstance(one, dict) else one for one in theirs] for theirs in told]
+        other = next((rank for rank, theirs in enumerate(plain) if theirs != plain[0]), None)
         if other is not None:
             raise ValueError(f"{what}: ranks want different process sets: rank 0 {told[0]}, rank {other} {told[other]}; call it "
                              "on every rank, also on those outside the set, with the same ranks in the same order")  # fmt: skip
-        return told[0]
+        return [[one] if one is not None else _different(theirs[slot]["comm"] for theirs in told)
+                for slot, one in enumerate(plain[0])]  # fmt: skip
+
+
+def _different(lists):
+    """Each list that is not empty, once, in order."""
+    return [list(one) for one in sorted(set(map(tuple, filter(None, lists))))]
 
 
 # Communicator -> its _Registry. Who is gone takes it along.

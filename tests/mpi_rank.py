@@ -9,6 +9,7 @@ import numpy as np
 from mpi4py import MPI
 
 import commlib
+from commlib.process_sets import ProcessSet, add_process_set, add_process_sets, remove_process_set
 
 finalize = MPI.Finalize  # the library's own, whatever is put in its place
 
@@ -128,6 +129,29 @@ def subcommunicators():
         expect_raises(ValueError, "only the listed ranks", commlib.init, comm=list(range(1, WORLD.size)))
     expect_raises(ValueError, "different ranks", commlib.init, comm=[0, 0])
     expect_raises(TypeError, "mpi4py communicator", commlib.init, comm="world")
+
+
+def process_sets():
+    """Sets made of communicators: one for each color of a split, one that leaves ranks out; beside one of ranks."""
+    commlib.init(comm=WORLD)
+    split = WORLD.Split(WORLD.rank % 2, -WORLD.rank)  # ranks turned round
+    given = split if WORLD.size > 3 or WORLD.rank % 2 == 0 else MPI.COMM_NULL
+    mine, first = ProcessSet(given), ProcessSet([0] if WORLD.size < 4 else [0, 1, 2])
+    assert mine.ranks is None and mine.included() is None
+    if WORLD.size > 3:
+        add_process_sets([mine, first])
+        assert mine.process_set_id == 1 + WORLD.rank % 2 and first.process_set_id == 3
+    else:
+        add_process_set(mine)
+    if mine.included():
+        ranks = list(range(WORLD.rank % 2, WORLD.size, 2))
+        assert mine.ranks == ranks and mine.mpi_comm is given and mine.communicator().size == len(ranks)
+        assert mine.communicator().allreduce(np.array([WORLD.rank]), op=commlib.Sum)[0] == sum(ranks)
+    expect_raises(ValueError, "is there already", add_process_set, ProcessSet(given))
+    assert remove_process_set(mine) and mine.process_set_id is None or given == MPI.COMM_NULL
+    add_process_set(mine)
+    expect_raises(ValueError, "want different", add_process_set, [0] if WORLD.rank else [1])
+    commlib.shutdown()
 
 
 def early_leaver():

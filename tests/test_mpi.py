@@ -77,8 +77,8 @@ def run_parts(path, library, size, *parts, **kwargs):
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_everything(path, library, size, transport):
-    run_parts(path, library, size, "collectives", "own_collectives", "mismatches", "cycles", "subcommunicators", "early_leaver",
-              "mpi_ends_first", transport=transport)  # fmt: skip
+    run_parts(path, library, size, "collectives", "own_collectives", "mismatches", "cycles", "subcommunicators", "process_sets",
+              "early_leaver", "mpi_ends_first", transport=transport)  # fmt: skip
 
 
 @pytest.mark.parametrize("library", [name for name in LIBRARIES if name == "openmpi"])
