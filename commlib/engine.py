@@ -29,6 +29,7 @@ NO_PLAN = NO_OFFSETS = ffi.NULL
 _SLICE_MS = 100
 
 TEXT_NBYTES = 256  # of a request's text; the engine cuts it there
+_REPORT_NBYTES = 1024  # what the engine makes at most
 
 _STATS = ("operations", "failed", "sent_nbytes", "received_nbytes", "eager_kept", "eager_starved", "grants", "frames")
 
@@ -276,6 +277,24 @@ class Engine:
         """Has an operation put on a queue when it is done; `queue` and `token` are addresses, ints."""
         lib.cl_operation_tell(operation, ffi.cast("cl_queue *", queue), ffi.cast("void *", token))
 
+    # ---- stalls ------------------------------------------------------------------------------------------------
+
+    def next_stall(self, timeout_s):
+        """Waits for the next report of an operation that waits for ranks which have not submitted it.
+
+        Returns:
+            What to tell people; None if nothing came in time.
+
+        Raises:
+            CommlibError: the engine has ended, and there will be no more.
+        """
+        text = ffi.new("char[]", _REPORT_NBYTES)
+        status = lib.cl_stall_next(self.pointer, int(timeout_s * 1e3), text, _REPORT_NBYTES)
+        if status == AGAIN:
+            return None
+        _check(status)
+        return _string(text)
+
     # ---- tickets: for operations whose bytes somebody else moves ---------------------------------------------------
 
     def next_ticket(self, timeout_s):
@@ -373,6 +392,7 @@ def native_plan(plan):
 
 ENGINE_SETTINGS = (
     "eager_nbytes", "eager_budget_nbytes", "inflight_nbytes", "spin_us", "heartbeat_ms", "lost_ms", "shm_ring_nbytes",
+    "stall_warning_s", "stall_shutdown_s",
 )  # fmt: skip
 
 _REFUSED = "the engine refuses a request that contradicts itself: this is a fault of commlib, please report it"

@@ -15,6 +15,15 @@ class MismatchError(CommlibError):
     """Ranks asked for different things under one name; raised on every rank. The library stays usable."""
 
 
+class StalledError(CommlibError):
+    """A rank did not submit an operation that others wait for, within `stall_shutdown_s`; raised on every rank, and on that
+    one if it submits it later. The library stays usable; `rank` is the first of those that did not."""
+
+    def __init__(self, message, rank=-1):
+        super().__init__(message)
+        self.rank = rank
+
+
 class PeerLostError(CommlibError):
     """A rank died or cannot be reached. The communicator is lost with it; `rank` is the lost one (-1: unknown)."""
 
@@ -50,6 +59,7 @@ _ERROR_OF_STATUS = {
     lib.CL_MISMATCH: _text_only(MismatchError),
     lib.CL_PEER_LOST: PeerLostError,
     lib.CL_PEER_LEFT: PeerLeftError,
+    lib.CL_STALLED: StalledError,
     lib.CL_SHUTDOWN: _text_only(ShutdownError),
     lib.CL_FORKED: _text_only(ForkedError),
 }

@@ -13,7 +13,7 @@ import logging
 import os
 from dataclasses import fields, replace
 
-from commlib import bootstrap, mpi, mpi_mover, rendezvous
+from commlib import bootstrap, mpi, mpi_mover, rendezvous, stalls
 from commlib.calibrate import calibrated
 from commlib.communicator import Communicator
 from commlib.connect import connect
@@ -88,6 +88,8 @@ def open_communicator(generation, settings=None, timeout_s=None, environ=None, b
         raise
     communicator.settings = Settings.from_json(record.decode())
     _log.debug("rank %d of %d: settings %08x %s", engine.rank, engine.size, communicator.settings.hash, record.decode())
+    if communicator.size > 1 and settings.stall_warning_s > 0:
+        stalls.watch(engine)
     if "timeline" in placement.options:
         communicator.start_timeline(placement.options["timeline"])
     return communicator

@@ -44,6 +44,8 @@ class Settings:
         lost_ms: a tcp link silent for this long is lost, or one whose bytes are not acknowledged for this long; at least 3
             heartbeats.
         shm_ring_nbytes: bytes of one direction of one shared-memory link; a power of two.
+        stall_warning_s: an operation that some rank has not submitted so long after another did is told in the log; 0: never.
+        stall_shutdown_s: and fails on every rank so long after; 0: never, it is waited for.
         segment_nbytes: the largest segment, the unit of pipelining and of preemption; between hosts it may be longer with
             many ranks, of which each has 32 KiB at least.
         uneven_nbytes: the size per rank that the choice of algorithm assumes where ranks cannot know the true one.
@@ -70,6 +72,8 @@ class Settings:
     heartbeat_ms: int = 1000
     lost_ms: int = 30_000  # a switch that restarts, a host that swaps; a process that dies is noticed at once
     shm_ring_nbytes: int = 512 << 10  # two rings of a pair stay in a core's L2
+    stall_warning_s: float = 60.0  # Horovod's
+    stall_shutdown_s: float = 0.0
     segment_nbytes: int = 1 << 20  # long against latency, short against what an urgent tensor may wait for
     uneven_nbytes: int = 256 << 10
     transport: str = "auto"

@@ -22,6 +22,7 @@ typedef enum {
     CL_PEER_LEFT,  /* a rank shut down while it was still needed */
     CL_SHUTDOWN,   /* this engine was shut down */
     CL_FORKED,     /* called in a forked child, which holds no engine */
+    CL_STALLED,    /* a rank did not submit the operation within settings.stall_shutdown_s */
     CL_STATUS_END
 } cl_status;
 
@@ -98,6 +99,8 @@ typedef struct {
     uint32_t heartbeat_ms;         /* tcp: an idle link says that it lives, this often */
     uint32_t lost_ms;              /* tcp: a link silent this long is lost, or one whose bytes nobody acknowledges */
     uint32_t shm_ring_nbytes;      /* shm: bytes of one direction of one link; a power of two, at least 4096 */
+    double stall_warning_s;        /* an operation that some rank has not submitted by then is reported; 0: never */
+    double stall_shutdown_s;       /* and fails on all ranks by then; 0: never */
 } cl_settings;
 
 /*
@@ -296,6 +299,13 @@ typedef struct {
     int (*queue_next)(cl_queue *queue, int32_t timeout_ms, cl_operation **operation, void **token);
 } cl_functions;
 const cl_functions *cl_engine_functions(void);
+
+/*
+ * Waits for the next report of an operation that waits for ranks which have not submitted it; one thread takes them all. Of the
+ * ranks that wait, one reports, in the words that people read.
+ * Out: text, cut to `nbytes`. Returns CL_AGAIN on time-out; CL_SHUTDOWN or CL_PEER_LOST once the engine has ended.
+ */
+int cl_stall_next(cl_engine *engine, int32_t timeout_ms, char *text, uint32_t nbytes);
 
 /* ---- tickets ------------------------------------------------------------------------------------------------ */
 

@@ -310,6 +310,7 @@ void cl_control_fail_everywhere(cl_operation *operation, int status, int32_t bla
     if (atomic_load_explicit(&operation->done, memory_order_relaxed))
         return;
     cl_frame frame = {.key = operation->request.key, .type = CL_FRAME_FAIL, .step = (uint32_t)blamed, .arg = (uint64_t)status};
+    frame.flags = CL_FRAME_WAKES; /* who has not submitted it is to know before he does */
     frame.nbytes = (uint32_t)strlen(text);
     cl_operation_hold(operation); /* without memory to tell it, the engine is lost and fails it before we do */
     cl_engine_tell_listeners(operation, &frame, text);

@@ -24,7 +24,7 @@ static bool settings_are_sound(const cl_settings *s)
 {
     bool power_of_two = (s->shm_ring_nbytes & (s->shm_ring_nbytes - 1)) == 0;
     return s->eager_budget_nbytes > 0 && s->inflight_nbytes > 0 && s->heartbeat_ms > 0 && s->lost_ms > 0 &&
-           s->shm_ring_nbytes >= 4096 && power_of_two;
+           s->shm_ring_nbytes >= 4096 && power_of_two && s->stall_warning_s >= 0 && s->stall_shutdown_s >= 0;
 }
 
 int cl_engine_new(int32_t rank, int32_t size, const cl_settings *settings, cl_engine **out)
@@ -256,6 +256,7 @@ void cl_operation_complete(cl_operation *operation, int status)
     unlink_operation(engine, operation);
     if (cl_engine_find(engine, operation->request.key) == operation)
         cl_table_take(&engine->operations, operation->request.key);
+    engine->done_keys[engine->ndone++ % CL_DONE_KEYS] = operation->request.key;
     engine->stats.operations++;
     engine->stats.failed += status != CL_OK;
     if (engine->on_done != NULL)
@@ -428,6 +429,7 @@ void cl_engine_lost(cl_engine *engine, int32_t rank, const char *reason, bool te
     while (engine->first != NULL)
         cl_operation_fail(engine->first, CL_PEER_LOST, rank, engine->health_text);
     cl_tickets_close(engine, CL_PEER_LOST);
+    cl_stall_close(engine, CL_PEER_LOST);
 }
 
 void cl_engine_leave(cl_engine *engine)
@@ -437,6 +439,7 @@ void cl_engine_leave(cl_engine *engine)
     cl_engine_flush(engine);
     engine->leaving = true;
     cl_tickets_close(engine, CL_SHUTDOWN);
+    cl_stall_close(engine, CL_SHUTDOWN);
     char text[64];
     snprintf(text, sizeof text, "rank %d has shut down", engine->rank);
     while (engine->first != NULL) {
@@ -502,6 +505,7 @@ void cl_engine_free(cl_engine *engine)
     cl_runtime_free(engine);
     cl_shm_free(engine);
     cl_tickets_free(engine);
+    cl_stall_free(engine);
     free_early(engine);
     cl_table_free(&engine->early);
     cl_table_free(&engine->failed);

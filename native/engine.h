@@ -33,6 +33,8 @@ typedef enum {
     CL_FRAME_EXCHANGE_UP,   /* entries of a subtree */
     CL_FRAME_EXCHANGE_DOWN, /* all entries */
     CL_FRAME_TICKET,        /* `segment` may be moved now, by whoever takes tickets */
+    CL_FRAME_QUERY,         /* how is it with this key? */
+    CL_FRAME_ANSWER,        /* step: stall.c's answer; arg: how many operations the sender waits for; payload: the oldest of them */
     CL_FRAME_MISMATCH,      /* payload: what the sender submitted under this key */
     CL_FRAME_FAIL,          /* arg: status; step: rank to blame; payload: text */
     CL_FRAME_LOST,          /* arg: the lost rank; payload: text */
@@ -115,6 +117,8 @@ typedef struct {
     bool finished;
 } cl_exchange;
 
+typedef struct cl_stall cl_stall; /* stall.c */
+
 struct cl_operation {
     atomic_int references;
     atomic_int done;             /* futex: 0 running, 1 done; what is written before is readable after */
@@ -151,6 +155,7 @@ struct cl_operation {
     uint32_t unverified;
     cl_kept *kept;
     cl_exchange *exchange;
+    cl_stall *stall;         /* what is known of those that have not submitted it; NULL: nobody asked */
     double submitted_s, started_s, done_s;
     int status, blamed;
     char *error;             /* why it failed; owned */
@@ -172,6 +177,23 @@ typedef struct {
     atomic_int events;    /* futex: counts what that thread should look at */
     atomic_int closed;    /* cl_status: no tickets will come */
 } cl_tickets;
+
+/* ---- stalls -------------------------------------------------------------------------------------------------- */
+
+enum { CL_REPORT_NBYTES = 1024 };
+
+typedef struct cl_report {
+    struct cl_report *next;
+    char text[CL_REPORT_NBYTES];
+} cl_report;
+
+typedef struct {
+    _Atomic(cl_report *) reports; /* newest first, for the thread that tells people */
+    atomic_uint nreports;
+    cl_report *taken;             /* that thread's own: oldest first */
+    atomic_int events;            /* futex: counts what that thread should look at */
+    atomic_int closed;            /* cl_status: there will be no more */
+} cl_stalls;
 
 /* ---- peers and engine -------------------------------------------------------------------------------------- */
 
@@ -207,7 +229,7 @@ typedef struct {
     char host[64]; /* where it lives, for people; empty if nobody has said */
 } cl_peer;
 
-enum { CL_FAILED_KEYS = 1024 };
+enum { CL_FAILED_KEYS = 1024, CL_DONE_KEYS = 1024 };
 
 struct cl_engine {
     int32_t rank, size;
@@ -222,6 +244,7 @@ struct cl_engine {
     cl_table failed;     /* keys that failed lately: what still comes for them is dropped */
     uint64_t failed_keys[CL_FAILED_KEYS];
     uint32_t nfailed;
+    uint32_t ndone;
     cl_operation *first;
     uint64_t sequence;
     atomic_uint unfinished; /* submitted and not done */
@@ -231,6 +254,7 @@ struct cl_engine {
     bool leaving;
     bool somebody_left; /* of the peers */
     cl_tickets tickets;
+    cl_stalls stalls;
     char health_text[CL_ERROR_NBYTES];
     const char *health_reason; /* the end of it: why the rank was lost */
     cl_stats stats;
@@ -245,6 +269,7 @@ struct cl_engine {
     bool mpi_ended;
     atomic_int forked;
     atomic_int ended; /* shut down: links are closed, nothing moves any more */
+    uint64_t done_keys[CL_DONE_KEYS]; /* the last keys that were completed: whoever asks learns that all have submitted them */
 };
 
 /* plan.c */
@@ -330,6 +355,19 @@ void cl_tickets_collect(cl_operation *operation);
 void cl_tickets_forget(cl_operation *operation);
 void cl_tickets_close(cl_engine *engine, int status);
 void cl_tickets_free(cl_engine *engine);
+
+/* stall.c: operations that some rank has not submitted */
+/* How often to look; 0: never. */
+double cl_stall_period_s(const cl_engine *engine);
+void cl_stall_look(cl_engine *engine, double now_s);
+#define CL_NEVER_S 1e300
+/* When there will be something to find, if nothing else happens; CL_NEVER_S: never. */
+double cl_stall_due_s(const cl_engine *engine);
+void cl_stall_on_query(cl_engine *engine, int32_t peer, const cl_frame *frame);
+/* `text` is what the peer waits for; NULL: nothing. */
+void cl_stall_on_answer(cl_engine *engine, int32_t peer, const cl_frame *frame, const char *text);
+void cl_stall_close(cl_engine *engine, int status);
+void cl_stall_free(cl_engine *engine);
 
 /* frames.c: what came in */
 extern const cl_sink cl_engine_sink;

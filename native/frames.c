@@ -172,10 +172,24 @@ static void dispatch(cl_engine *engine, cl_operation *operation, cl_kept *kept)
     cl_operation_release(operation);
 }
 
+/* Others know that it has failed: what came before must not complete it here. */
+static cl_kept *failure_first(cl_kept *first)
+{
+    for (cl_kept **at = &first; *at != NULL; at = &(*at)->next) {
+        cl_kept *failure = *at;
+        if (failure->frame.type != CL_FRAME_FAIL)
+            continue;
+        *at = failure->next;
+        failure->next = first;
+        return failure;
+    }
+    return first;
+}
+
 void cl_engine_replay(cl_engine *engine, cl_operation *operation)
 {
     uint64_t key = operation->request.key;
-    cl_kept *next = cl_table_take(&engine->early, key);
+    cl_kept *next = failure_first(cl_table_take(&engine->early, key));
     cl_operation_hold(operation);
     while (next != NULL) {
         cl_kept *kept = next;
@@ -353,6 +367,14 @@ static void on_end(void *owner, cl_link *link, const cl_frame *frame)
         return;
     case CL_FRAME_CREDIT:
         peer->eager_used -= frame->arg < peer->eager_used ? frame->arg : peer->eager_used;
+        break;
+    case CL_FRAME_QUERY:
+        cl_stall_on_query(engine, link->peer, frame);
+        break;
+    case CL_FRAME_ANSWER:
+        if (kept != NULL)
+            kept->data[frame->nbytes] = 0;
+        cl_stall_on_answer(engine, link->peer, frame, kept != NULL ? (const char *)kept->data : NULL);
         break;
     case CL_FRAME_BYE:
         on_bye(engine, link->peer);

@@ -285,6 +285,7 @@ int cl_operation_renew(cl_operation *operation, uint64_t key)
     bool is_alone = atomic_load_explicit(&operation->references, memory_order_acquire) == 1;
     if (!is_alone || operation->request.kind != CL_ALLREDUCE || operation->request.gated || operation->status != CL_OK)
         return CL_AGAIN;
+    free(operation->stall);
     memset(&operation->started, 0, sizeof *operation - offsetof(cl_operation, started));
     memset(operation->segments, 0, operation->nsegments * sizeof(cl_segment));
     memset(operation->posted, 0, npeers * sizeof(uint64_t));
@@ -304,6 +305,7 @@ void cl_operation_release(cl_operation *operation)
     if (operation == NULL || atomic_fetch_sub_explicit(&operation->references, 1, memory_order_acq_rel) != 1)
         return;
     cl_exchange_free(operation);
+    free(operation->stall);
     for (uint32_t s = 0; operation->single == NULL && operation->segments != NULL && s < operation->nsegments; s++)
         free(operation->segments[s].waiting);
     if (operation->laid_out_later) {

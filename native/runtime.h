@@ -26,6 +26,7 @@ struct cl_runtime {
     atomic_int sleepers; /* callers that sleep until an operation is done */
     bool sockets; /* some link is polled by epoll, and not woken by a flag */
     double next_tick_s;
+    double next_stall_s, stall_period_s; /* 0: nobody looks for stalls */
     atomic_int stopping; /* the thread is to end; links are closed after it */
 };
 

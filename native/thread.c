@@ -61,10 +61,14 @@ static void ring_own(struct cl_runtime *runtime)
 static void tick_if_due(cl_engine *engine, double now_s)
 {
     struct cl_runtime *runtime = engine->runtime;
-    if (!runtime->ticks || now_s < runtime->next_tick_s)
-        return;
-    runtime->next_tick_s = now_s + 0.5e-3 * engine->settings.heartbeat_ms;
-    cl_engine_tick(engine);
+    if (runtime->ticks && now_s >= runtime->next_tick_s) {
+        runtime->next_tick_s = now_s + 0.5e-3 * engine->settings.heartbeat_ms;
+        cl_engine_tick(engine);
+    }
+    if (runtime->stall_period_s > 0 && now_s >= runtime->next_stall_s) {
+        runtime->next_stall_s = now_s + runtime->stall_period_s;
+        cl_stall_look(engine, now_s);
+    }
 }
 
 /* Whether to look once more now that nothing moved: at descriptors once, at memory for as long as that is cheap. */
@@ -113,7 +117,7 @@ static void drive(cl_engine *engine, const cl_operation *until, double deadline_
     uint64_t mode = cl_float_mode_enter();
     if (until != NULL)
         cl_engine_flush(engine); /* first, so that what has come for it already finds its place */
-    if (engine->runtime->ticks)
+    if (engine->runtime->ticks || until == NULL)
         tick_if_due(engine, cl_engine_now(engine));
     drive_on(engine, until, deadline_s);
     if (cl_engine_pending(engine) > 0)
@@ -157,7 +161,12 @@ static void disarm(cl_engine *engine)
 
 static int sleep_ms(const cl_engine *engine)
 {
-    return engine->runtime->ticks ? (int)engine->settings.heartbeat_ms / 2 + 1 : -1;
+    const struct cl_runtime *runtime = engine->runtime;
+    double stall_ms = runtime->stall_period_s < 86400 ? 1e3 * runtime->stall_period_s : 86400e3;
+    int tick_ms = (int)engine->settings.heartbeat_ms / 2 + 1, look_ms = stall_ms > 0 ? (int)stall_ms + 1 : -1;
+    if (!runtime->ticks)
+        return look_ms;
+    return look_ms > 0 && look_ms < tick_ms ? look_ms : tick_ms;
 }
 
 static void *run(void *argument)
@@ -227,6 +236,7 @@ int cl_engine_start(cl_engine *engine)
         runtime->sleeping = &runtime->own_sleeping;
         runtime->doorbell = runtime->own_doorbell = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     }
+    runtime->stall_period_s = cl_stall_period_s(engine);
     engine->runtime = runtime;
     int status = runtime->epoll < 0 || runtime->doorbell < 0 ? CL_SYSTEM : CL_OK;
     if (runtime->interest == NULL)

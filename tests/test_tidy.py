@@ -17,7 +17,7 @@ LAYERS = [
     {"bootstrap", "rendezvous", "rendezvous_wire", "rendezvous_server", "rendezvous_room", "proof", "handshake", "connect",
      "interfaces", "dial", "mpi"},
     {"engine", "memory", "control", "selection"},
-    {"calibrate", "layout", "handle", "prepared", "results", "simulation"},
+    {"calibrate", "layout", "handle", "prepared", "results", "simulation", "stalls"},
     {"collective", "simulated_training"},
     {"tickets", "workload", "grouped"},
     {"communicator"},

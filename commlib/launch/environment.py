@@ -65,8 +65,11 @@ def of_options(options) -> Dict[str, str]:
     named = {
         "START_TIMEOUT_S": options.start_timeout, "SETTINGS": _whole(options.settings), "LOG_LEVEL": options.log_level,
         "TIMELINE": _whole(options.timeline_filename), "NETWORK_INTERFACES": options.network_interfaces,
-        "PORT_RANGE": options.port_range,
+        "PORT_RANGE": options.port_range, "STALL_WARNING_S": options.stall_check_warning_time_seconds,
+        "STALL_SHUTDOWN_S": options.stall_check_shutdown_time_seconds,
     }  # fmt: skip
+    if options.no_stall_check:
+        named["STALL_WARNING_S"] = named["STALL_SHUTDOWN_S"] = 0
     return {f"COMMLIB_{name}": str(value) for name, value in named.items() if value is not None}
 
 

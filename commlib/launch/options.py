@@ -120,6 +120,12 @@ def _add_settings(add) -> None:
     add("--settings", metavar="FILE",
         help="a settings record for all ranks, as `commlib tune` writes it (COMMLIB_SETTINGS)")
     add("--timeline-filename", metavar="FILE", help="write a timeline of all ranks there, for ui.perfetto.dev (COMMLIB_TIMELINE)")
+    add("--stall-check-warning-time-seconds", type=_seconds, metavar="S",
+        help="say in the log which ranks an operation waits for that was submitted so long ago (60; COMMLIB_STALL_WARNING_S)")
+    add("--stall-check-shutdown-time-seconds", type=_limit, metavar="S",
+        help="and let it fail on every rank after so long (0: never; COMMLIB_STALL_SHUTDOWN_S)")
+    add("--no-stall-check", action="store_true", help="neither")
+    add("--stall-check", dest="no_stall_check", action="store_false", help="as without --no-stall-check; for Horovod's sake")
     add("--log-level", type=str.upper, choices=LOG_LEVELS, help="what commlib's log tells of itself (COMMLIB_LOG_LEVEL)")
 
 
@@ -172,6 +178,10 @@ def _seconds(text: str) -> float:
     if not 0.0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
     return value
+
+
+def _limit(text: str) -> float:
+    return 0.0 if float(text) == 0.0 else _seconds(text)
 
 
 def _port(text: str) -> int:
