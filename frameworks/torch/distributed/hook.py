@@ -10,7 +10,8 @@ overtakes those that are still on their way.
 import torch.distributed as dist
 
 import commlib
-from commlib.torch.compression import Compression, checked_compression
+from commlib.compressor import checked_compression
+from commlib.torch.compression import Compression
 from commlib.torch.distributed.group import CommlibGroup
 from commlib.torch.distributed.work import Attendant, Work
 from commlib.torch.tensors import buffer_of
