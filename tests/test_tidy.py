@@ -1,6 +1,8 @@
 """The rules of the house that matter, as tests: which way imports point, who may touch what, how long files are."""
 
 import ast
+import importlib
+import inspect
 import pathlib
 
 import pytest
@@ -138,3 +140,62 @@ def test_files_say_what_they_are():
         if text and not text.startswith(('"""',) if path.suffix == ".py" else ("/*", "//")):
             faults.append(str(path.relative_to(ROOT)))
     assert not faults, "these do not open with a few lines that say what they know: " + ", ".join(faults)
+
+
+# Public modules whose types stand in a page of their own (.pyi), beside them.
+TYPED = {"commlib": CORE, "commlib.process_sets": CORE, "commlib.torch": ROOT / "frameworks/torch",
+         "commlib.torch.distributed": ROOT / "frameworks/torch/distributed"}  # fmt: skip
+
+
+def _stub_of(name):
+    page = TYPED[name] / "process_sets.pyi" if name.endswith("process_sets") else TYPED[name] / "__init__.pyi"
+    return page, ast.parse(page.read_text(encoding="utf-8")).body
+
+
+def _names_in(body):
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.AnnAssign):
+            yield node.target.id
+        elif isinstance(node, ast.Assign):
+            yield node.targets[0].id
+        elif isinstance(node, ast.ImportFrom):
+            yield from (alias.asname for alias in node.names if alias.asname)
+
+
+def _arguments_of_stub(function):
+    """[(name, whether it has a default)] as the page says it."""
+    arguments = function.args
+    defaults = [False] * (len(arguments.args) - len(arguments.defaults)) + [True] * len(arguments.defaults)
+    named = [(argument.arg, has) for argument, has in zip(arguments.args, defaults)]
+    return named + [(argument.arg, default is not None) for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults)]
+
+
+def _arguments_of(function):
+    """The same of the code."""
+    parameters = inspect.signature(function).parameters.values()
+    return [(one.name, one.default is not one.empty) for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
+
+
+def _functions(body, owner):
+    """(what the page says, what the code has) of every function and method."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and hasattr(owner, node.name) and node.name != "Settings":
+            yield from _functions(node.body, getattr(owner, node.name))
+        elif isinstance(node, ast.FunctionDef) and not node.decorator_list:
+            yield node, getattr(owner, node.name)
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_types_are_those_of_the_code(name):
+    """Whoever adds a public name or an argument adds its type."""
+    module = importlib.import_module(name)
+    page, body = _stub_of(name)
+    page = page.relative_to(ROOT)
+    missing = set(getattr(module, "__all__", ())) - set(_names_in(body))
+    assert not missing, f"{page} lacks the types of {', '.join(sorted(missing))}: add them there"
+    for node, function in _functions(body, module):
+        wanted = [pair for pair in _arguments_of(function) if pair[0] != "self"]
+        said = [pair for pair in _arguments_of_stub(node) if pair[0] != "self"]
+        assert said == wanted, f"{page}:{node.lineno}: {node.name} has other arguments in the code: {wanted}"

@@ -1,0 +1,26 @@
+"""The types of the backend of torch.distributed; see the page above."""
+
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+from torch.futures import Future
+
+from commlib import CommlibError, Communicator
+from commlib.torch import Compressor
+
+NAME: str
+
+class CollectiveTimeoutError(CommlibError, TimeoutError): ...
+class Work(dist.Work): ...
+
+class CommlibGroup(dist.ProcessGroup):
+    communicator: Communicator
+
+class DDPState:
+    communicator: Communicator
+    def __init__(self, process_group: dist.ProcessGroup | None = None, compression: type[Compressor] | Compressor | None = ...,
+                 timeout: timedelta | None = None) -> None: ...
+
+def ddp_hook(state: DDPState | None, bucket: GradBucket) -> Future[Tensor]: ...
