@@ -46,12 +46,13 @@ const Dtype *dtype_of(TF_DataType theirs)
 
 namespace {
 
-/* TensorFlow's word for a status; which exception it becomes, where Python does not translate it. */
+/* TensorFlow's word for a status; which exception it becomes, where Python does not translate it. ("Unavailable" is kept for
+ * TensorFlow's own network: it would become "internal".) */
 TF_Code code_of(int32_t status)
 {
     static const std::unordered_map<int32_t, TF_Code> codes = {
         {CL_INVALID, TF_INVALID_ARGUMENT}, {CL_NO_MEMORY, TF_RESOURCE_EXHAUSTED}, {CL_MISMATCH, TF_FAILED_PRECONDITION},
-        {CL_PEER_LOST, TF_UNAVAILABLE},    {CL_PEER_LEFT, TF_UNAVAILABLE},        {CL_SHUTDOWN, TF_ABORTED},
+        {CL_PEER_LOST, TF_ABORTED},        {CL_PEER_LEFT, TF_ABORTED},            {CL_SHUTDOWN, TF_ABORTED},
         {CL_FORKED, TF_ABORTED},
     };
     auto found = codes.find(status);

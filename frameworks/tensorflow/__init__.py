@@ -58,6 +58,15 @@ def init(comm=None, process_sets=None):
         raise
 
 
+def __getattr__(name):
+    """SyncBatchNormalization is a Keras layer, and Keras takes a second to import."""
+    if name == "SyncBatchNormalization":
+        from commlib.tensorflow.sync_batch_norm import SyncBatchNormalization
+
+        return SyncBatchNormalization
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def gloo_built():
     """False: gloo is torch's own; `commlib.torch.gloo_built` knows of it."""
     return False
@@ -75,11 +84,12 @@ def start_timeline(file_path, mark_cycles=False):
 
 __all__ = [
     "Adasum", "Average", "CommlibError", "Compression", "DistributedGradientTape", "HorovodInternalError", "Max", "Min",
-    "PartialDistributedGradientTape", "ProcessSet", "Product", "Sum", "add_process_set", "allgather", "allgather_object",
-    "allreduce", "alltoall", "barrier", "broadcast", "broadcast_", "broadcast_global_variables", "broadcast_object",
-    "broadcast_object_fn", "broadcast_variables", "ccl_built", "cross_rank", "cross_size", "cuda_built", "ddl_built",
-    "global_process_set", "gloo_built", "gloo_enabled", "grouped_allgather", "grouped_allreduce", "grouped_reducescatter",
-    "init", "is_homogeneous", "is_initialized", "local_rank", "local_rank_op", "local_size", "local_size_op", "mpi_built",
-    "mpi_enabled", "mpi_threads_supported", "nccl_built", "process_set_included_op", "rank", "rank_op", "reducescatter",
-    "remove_process_set", "rocm_built", "shutdown", "size", "size_op", "start_timeline", "stop_timeline",
+    "PartialDistributedGradientTape", "ProcessSet", "Product", "Sum", "SyncBatchNormalization", "add_process_set",
+    "allgather", "allgather_object", "allreduce", "alltoall", "barrier", "broadcast", "broadcast_",
+    "broadcast_global_variables", "broadcast_object", "broadcast_object_fn", "broadcast_variables", "ccl_built",
+    "cross_rank", "cross_size", "cuda_built", "ddl_built", "global_process_set", "gloo_built", "gloo_enabled",
+    "grouped_allgather", "grouped_allreduce", "grouped_reducescatter", "init", "is_homogeneous", "is_initialized",
+    "local_rank", "local_rank_op", "local_size", "local_size_op", "mpi_built", "mpi_enabled", "mpi_threads_supported",
+    "nccl_built", "process_set_included_op", "rank", "rank_op", "reducescatter", "remove_process_set", "rocm_built",
+    "shutdown", "size", "size_op", "start_timeline", "stop_timeline",
 ]  # fmt: skip

@@ -153,7 +153,8 @@ def finish(name, dtype, shape, process_set=global_process_set, **wish):
 
 def number(kind, process_set_id=0):
     """An int32 scalar that is found out when it runs: "rank", "size" and so on, see native.py."""
-    return (_op if tf.executing_eagerly() else _free_op)("number", [], Wish(kind, set=process_set_id).text())
+    with translating():
+        return (_op if tf.executing_eagerly() else _free_op)("number", [], Wish(kind, set=process_set_id).text())
 
 
 def number_of(process_set):
