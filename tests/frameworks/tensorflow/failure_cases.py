@@ -148,13 +148,13 @@ def beside_torch():
     return texts
 
 
-def lose_rank_1(graph):
-    """Rank 1 dies within its step; the others' errors, of the step and of what follows."""
+def lose_rank_1():
+    """Rank 1 dies within its step, which is rank 0's eager one; the others' errors, of the step and of what follows."""
     function = tf.function(lambda x: comm.allreduce(comm.allreduce(x, name="lost 1"), name="lost 2"), autograph=False)
     function(tf.ones(1))
     if comm.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    step = (lambda: function(tf.ones(1))) if graph else (lambda: comm.allreduce(tf.ones(1), name="lost"))
+    step = (lambda: comm.allreduce(tf.ones(1), name="lost 1")) if comm.rank() == 0 else (lambda: function(tf.ones(1)))
     return [error_of(step, False) for _ in range(3)], str(commlib.communicator().health)
 
 

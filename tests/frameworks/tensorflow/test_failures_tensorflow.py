@@ -41,7 +41,8 @@ MESSAGES = {
     "op": "op must be commlib.Average, Sum, Min, Max or Product, not 'sum'", "adasum": "Adasum is not supported yet",
     "average and op": "The op parameter supersedes average", "average of bool": "the average of bool has no meaning",
     "scalar": "works along the first dimension, and a scalar has none", "scalar scattered": "and a scalar has none",
-    "splits": "splits must be 3 numbers of rows", "no even splits": "alltoall cannot share 4 rows evenly among 3 ranks: pass splits",
+    "splits": "splits must be 3 numbers of rows",
+    "no even splits": "alltoall cannot share 4 rows evenly among 3 ranks: pass splits",
     "root": "root_rank must be a rank of the process set, one of [0, 1, 2], not 3",
     "process set": "process_set must be a ProcessSet", "compression": "compression must be one of comm.Compression",
     "sparse": "tf.IndexedSlices with op=commlib.Max: use Average or Sum",
@@ -90,16 +91,14 @@ def test_beside_torch(ranks):
         assert of_any_ranks(of_tensorflow) == of_any_ranks(of_torch) and "allreduce 'both' float32" in of_torch
 
 
-def test_a_rank_that_leaves_and_one_that_dies(graph):
+def test_a_rank_that_leaves_and_one_that_dies():
     with start(SIZE) as ranks:
-        if graph:
-            for text in ranks.call("failure_cases:leave")[::2]:
-                assert text[0] == "AbortedError" and "rank 1" in text[1], text
-            ranks.call("failure_cases:again")
-        first, died, last = ranks.outcomes("failure_cases:lose_rank_1", graph)
+        for kind, text in ranks.call("failure_cases:leave")[::2]:
+            assert kind == "AbortedError" and "rank 1" in text, text
+        ranks.call("failure_cases:again")
+        eager, died, function = ranks.outcomes("failure_cases:lose_rank_1")
         assert isinstance(died, Died)
-        for errors, health in (first, last):
+        for (errors, health), wanted in ((eager, "PeerLostError"), (function, "AbortedError")):
             for kind, text in errors:
-                assert kind == ("AbortedError" if graph else "PeerLostError")
-                assert "rank 1" in text and "lost" in text, text
+                assert kind == wanted and "rank 1" in text and "lost" in text, text
             assert "rank 1" in health
