@@ -20,7 +20,7 @@ from commlib.bootstrap import Placement, StartError
 from commlib.dial import OUT_OF_DESCRIPTORS, dial, resolve
 from commlib.proof import ANSWER_NBYTES, NONCE_NBYTES, REFUSAL, THE_STORE, Calling, Claim
 from commlib.rendezvous_server import Server, peer_uid, store_key
-from commlib.rendezvous_wire import MAX_VALUE_NBYTES, PROTOCOL, Decoder, Hello, Message, WireError, encode
+from commlib.rendezvous_wire import MAX_VALUE_NBYTES, PROTOCOL, Decoder, Hello, Message, WireError, encode, values_of
 
 _LINGER_S = 2.0        # after a failure rank 0 stays this long, to tell it to ranks that come late
 _ANSWER_SLACK_S = 5.0  # the store itself keeps the time of a wait; a store this much later is taken for dead
@@ -304,11 +304,10 @@ class Store:
         message = self._receive(timeout_s + _ANSWER_SLACK_S)
         if message is None:
             raise StartError(f"the store of {self._channel.owner} at {self._channel.address} does not answer")
-        values, offset = [], 0
-        for nbytes in message.header["lengths"]:
-            values.append(message.payload[offset:offset + nbytes])
-            offset += nbytes
-        return values
+        try:
+            return values_of(message, len(keys))
+        except WireError as error:
+            self._lost(error)
 
     def gather(self, name: str, value: bytes, timeout_s: Optional[float] = None) -> List[bytes]:
         """Every rank's value, in rank order. Each name serves once.
@@ -385,7 +384,8 @@ class Store:
         if message is None or message.header["op"] == "values":
             return message
         self._failed = message.header["op"] != "late"  # a late rank is still to tell the others that it gives up
-        raise StartError(str(message.header.get("text")), message.header.get("rank"))
+        rank = message.header.get("rank")
+        raise StartError(str(message.header.get("text")), rank if type(rank) is int else None)
 
     def _lost(self, error: Exception) -> None:
         owner = self._channel.owner

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import Optional
 
-from commlib.rendezvous_wire import Hello, WireError, spell_ranks
+from commlib.rendezvous_wire import MAX_PAYLOAD_NBYTES, Hello, WireError, spell_ranks
 
 MAX_KEYS = 1 << 20  # of one room: some 16 per rank are used
 
@@ -98,6 +98,9 @@ class Room:
         """Answers a request if all its keys are there."""
         if any(key not in self.values for key in wait.keys):
             return False
+        if sum(len(self.values[key]) for key in wait.keys) > MAX_PAYLOAD_NBYTES:
+            wait.connection.tell({"op": "late", "rank": None, "text": f"asked for more than {MAX_PAYLOAD_NBYTES} bytes at once"})
+            return True
         values = [self.values[key] for key in wait.keys]
         wait.connection.tell({"op": "values", "lengths": [len(value) for value in values]}, b"".join(values))
         return True

@@ -25,6 +25,7 @@ from commlib.rendezvous_wire import (
 from commlib.secret import Secret
 
 _READ_NBYTES = 1 << 16
+_LONGEST_WAIT_S = 1e8  # three years: more is no time to wait, and NaN is none either
 _ACCEPTS_PER_TURN = 16  # a flood of strangers must leave room for the ranks that are there
 
 
@@ -254,8 +255,8 @@ class Server:
 
     def _get(self, connection: _Connection, message: Message) -> None:
         keys, timeout_s = message.header.get("keys"), message.header.get("timeout_s")
-        if not isinstance(keys, list) or not isinstance(timeout_s, (int, float)):
-            raise WireError("a get without keys or timeout_s")
+        if not isinstance(keys, list) or type(timeout_s) not in (int, float) or not 0 <= timeout_s <= _LONGEST_WAIT_S:
+            raise WireError("a get without keys, or without a sound timeout_s")
         wait = Wait(connection, [_key(key) for key in keys], timeout_s)
         if not connection.room.answer(wait):
             connection.room.waits.append(wait)

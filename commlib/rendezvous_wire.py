@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import asdict, dataclass, fields
-from typing import Iterable, NamedTuple, Optional
+from typing import Iterable, List, NamedTuple, Optional
 
 PROTOCOL = 2
 MAX_HEADER_NBYTES = 1 << 20    # the longest: a list of one key per rank, some 20 bytes each
@@ -105,6 +105,19 @@ def hello_of(header: dict) -> Hello:
     if not (0 < hello.size <= MAX_RANKS and 0 <= hello.rank < hello.size and hello.generation > 0):
         raise WireError(f"rank {hello.rank} of {hello.size}, generation {hello.generation}")
     return hello
+
+
+def values_of(message: Message, count: int) -> List[bytes]:
+    """The values in an answer to a request for so many. Raises WireError for an answer that is none."""
+    lengths, values, offset = message.header.get("lengths"), [], 0
+    if not isinstance(lengths, list) or len(lengths) != count or any(type(nbytes) is not int or nbytes < 0 for nbytes in lengths):
+        raise WireError("an answer without sound lengths")
+    if sum(lengths) != len(message.payload):
+        raise WireError("an answer whose lengths are not those of its values")
+    for nbytes in lengths:
+        values.append(message.payload[offset:offset + nbytes])
+        offset += nbytes
+    return values
 
 
 def spell_ranks(ranks: Iterable[int]) -> str:
