@@ -22,6 +22,7 @@ ARGUMENTS = {"engine_test": [], "faults_test": [], "memory_test": [], "shared_te
              "queue_test": [], "stall_test": [], "hostile_test": ["1", "150"]}
 HELPERS = ["world.c", "storm.c", "storm_end.c", "tasks.c"]
 SEEDS = {"plain": (10000, 5), "address and undefined behaviour": (600, 1), "threads": (50, 1)}  # in all, in so many parts
+PROCESSES = {"plain": 500, "address and undefined behaviour": 60, "threads": 60}
 LINKED_WITH = {"memory_test": ["-Wl," + ",".join(f"--wrap={name}" for name in ("malloc", "calloc", "realloc", "free"))]}
 
 
@@ -63,3 +64,7 @@ def test_random_runs_with_random_faults(build):
     count, parts = SEEDS[build[2]]
     for first in range(1, count + 1, count // parts):
         run_to_success(program, first, count // parts)
+
+
+def test_random_runs_between_processes(build):
+    run_to_success(linked(build, "processes_test"), 1, PROCESSES[build[2]])

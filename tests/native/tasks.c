@@ -346,7 +346,7 @@ void tasks_submit(program *p, cl_engine *engine, int32_t rank, uint32_t number, 
         make_odd(t, &request);
     CHECK(cl_submit(engine, &request, &mine->operation) == CL_OK);
     mine->submitted = true;
-    mine->nsegments = mine->operation->nsegments;
+    mine->nsegments = mine->gated ? mine->operation->nsegments : 0; /* others are counted when their sizes are known */
 }
 
 /* ---- what must come of it ------------------------------------------------------------------------------------- */

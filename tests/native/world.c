@@ -179,7 +179,7 @@ world shm_world(int32_t size, const cl_settings *settings)
     return started(shm_links(size, settings));
 }
 
-static void tcp_pair(int pair[2])
+void tcp_pair(int pair[2])
 {
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     socklen_t length = sizeof address;

@@ -42,6 +42,8 @@ world shm_world(int32_t size, const cl_settings *settings);
 world shm_links(int32_t size, const cl_settings *settings);
 world tcp_links(int32_t size, const cl_settings *settings);
 world tcp_world(int32_t size, const cl_settings *settings);
+/* A connection through the loopback interface. */
+void tcp_pair(int pair[2]);
 void plan_world(world *w);
 void free_world(world *w);
 void free_plans(world *w);
