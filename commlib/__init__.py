@@ -12,7 +12,7 @@ from commlib.bootstrap import StartError
 from commlib.buffer import Buffer
 from commlib.communicator import Communicator
 from commlib.errors import (
-    CommlibError, ForkedError, MismatchError, PeerLeftError, PeerLostError, ShutdownError, StalledError,
+    CommlibError, ForkedError, JoinedError, MismatchError, PeerLeftError, PeerLostError, ShutdownError, StalledError,
 )  # fmt: skip
 from commlib.handle import Handle
 from commlib.memory import Pieces
@@ -130,17 +130,17 @@ broadcast_async, broadcast_async_ = _forward("broadcast_async"), _forward("broad
 allgather, allgather_async = _forward("allgather"), _forward("allgather_async")
 reducescatter, reducescatter_async = _forward("reducescatter"), _forward("reducescatter_async")
 alltoall, alltoall_async = _forward("alltoall"), _forward("alltoall_async")
-barrier, empty = _forward("barrier"), _forward("empty")
+barrier, empty, join = _forward("barrier"), _forward("empty"), _forward("join")
 prepare_allreduce_ = _forward("prepare_allreduce_")
 start_timeline, stop_timeline = _forward("start_timeline"), _forward("stop_timeline")
 
 __all__ = [
-    "Average", "Buffer", "CommlibError", "Communicator", "ForkedError", "Handle", "Max", "Min", "MismatchError",
+    "Average", "Buffer", "CommlibError", "Communicator", "ForkedError", "Handle", "JoinedError", "Max", "Min", "MismatchError",
     "PeerLeftError", "PeerLostError", "Pieces", "Product", "ReduceOp", "RunError", "Settings", "ShutdownError",
     "StalledError", "StartError", "Sum", "__version__", "allgather", "allgather_async", "allreduce", "allreduce_",
     "allreduce_async", "allreduce_async_", "alltoall", "alltoall_async", "barrier", "broadcast", "broadcast_",
     "broadcast_async", "broadcast_async_", "communicator", "cross_rank", "cross_size", "empty", "grouped_allreduce",
-    "grouped_allreduce_", "grouped_allreduce_async", "grouped_allreduce_async_", "init", "is_homogeneous", "is_initialized",
+    "grouped_allreduce_", "grouped_allreduce_async", "grouped_allreduce_async_", "init", "is_homogeneous", "is_initialized", "join",
     "local_rank", "local_size", "prepare_allreduce_", "rank", "reducescatter", "reducescatter_async", "run", "shutdown",
     "size", "start_timeline", "stop_timeline",
 ]  # fmt: skip

@@ -8,10 +8,11 @@ import math
 import time
 
 from commlib._native import ffi, lib
-from commlib.engine import AGAIN, native_plan, new_request, new_text, operation_times
+from commlib.engine import AGAIN, operation_times
 from commlib.errors import CommlibError
 from commlib.names import base_key, key_of_use
 from commlib.plan import Plan, recv, send
+from commlib.requests import native_plan, new_request, new_text
 
 # The best of many small ones is free of other processes' noise; large ones take 0.1 ms on shared memory and 1 ms on a
 # 10 Gbit/s network, to and fro.

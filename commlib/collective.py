@@ -8,19 +8,28 @@ import math
 import operator
 import threading
 import zlib
+from functools import partial
 
-from commlib.buffer import DTYPES
-from commlib.engine import (
-    AGAIN, KIND_CODES, NO_PLAN, copy_of_request, native_plan, new_members, new_offsets, new_request, new_text,
-)  # fmt: skip
+from commlib.buffer import DTYPES, Buffer
+from commlib.engine import AGAIN, KIND_CODES, TICKET_CODE
+from commlib.errors import JoinedError
 from commlib.handle import Flight, Handle
 from commlib.layout import Layout
 from commlib.memory import memory_of, pointer_of
-from commlib.names import Names, Use, busy_text, key_of_use
+from commlib.names import EPOCH, Names, Use, busy_text, key_of_use
 from commlib.prepared import Prepared
-from commlib.reduction import Average
+from commlib.reduction import Average, neutral_array
 from commlib.rendezvous_wire import spell_ranks
+from commlib.requests import NO_PLAN, copy_of_request, native_plan, new_members, new_offsets, new_request, new_text
 from commlib.selection import MPI_OWN, select
+
+# What a request's hint tells a rank that has joined: the kind (+ 1, as a ticket has lost it), and how the plan was chosen.
+_KIND_BITS, _OVERLAPPED, _SILENT = 0xFF, 0x100, 0x200
+_KIND_OF_CODE = {code: kind for kind, code in KIND_CODES.items()}
+_DTYPE_OF_CODE = {code: dtype for dtype, (code, _) in DTYPES.items()}
+
+# The shapes of exchanges, in which every rank's bytes may have another length: also none, of a rank that has joined.
+ANY, ANY_OR_NONE = ("any",), ("any or none",)
 
 # These first tell each other their sizes, or check on every rank that all mean the same.
 _WITH_MEMBERS = frozenset(("broadcast", "allgather", "alltoall", "exchange"))
@@ -42,6 +51,7 @@ class Submitter:
         group: the name of the group in the keys; equal on its ranks, different from other groups.
         members: the ranks of the group, in its order; None: all.
         flight: the engine's table of what is in flight, if there is one.
+        whole: of a group's: the Submitter of all ranks.
 
     Attributes:
         rank, size, members: this rank's place in the group, the number of its ranks, and these.
@@ -51,16 +61,18 @@ class Submitter:
     handle_class = Handle
     prepares = True  # whether `prepare` is for its operations
 
-    def __init__(self, engine, hosts, settings, group="world", members=None, flight=None):
+    def __init__(self, engine, hosts, settings, group="world", members=None, flight=None, whole=None):
         self.engine = engine
+        self._hosts = hosts
+        self.kin = [self] if whole is None else whole.kin  # of this engine; the first is that of all ranks
         self.members = tuple(range(engine.size)) if members is None else tuple(members)
         self.rank, self.size = self.members.index(engine.rank), len(self.members)
         self._is_part = members is not None
         self._parts = {}  # members -> how many groups of them were made
         self._layout = Layout(hosts)
         self.flight = flight or Flight(engine)
-        self._names = Names(group, KIND_CODES, self.size)
-        self._lock = threading.Lock()
+        self.names = Names(group, KIND_CODES, self.size, 0 if whole is None else whole.names.first)
+        self.lock = threading.Lock() if whole is None else whole.lock
         self._plans = {}
         self._described = []  # names whose request is filled in
         self._members = new_members(self.members)
@@ -97,12 +109,14 @@ class Submitter:
             ValueError: the name is in flight.
         """
         self.engine.check_open()  # before the lock, which a thread of the parent may have held at the fork
-        use = self._names.use(kind, name)
+        use = self.names.use(kind, name)
         if use.handle is not None:
             self.free_name(kind, use)
         signature = (source.dtype, source.count, shape or source.shape, op, root, priority, scales, parts,
                      overlapped)  # fmt: skip
-        with self._lock:
+        with self.lock:
+            if self.engine.joined:
+                self.engine.check_open()
             if use.signature != signature:
                 self._describe(use, kind, signature)
             request = use.request
@@ -114,7 +128,7 @@ class Submitter:
             if splits is not None:
                 request.nsplits = len(splits)
                 request.splits = held = new_offsets(splits)  # lives until the engine has copied it
-            handle = self.handle_class(self.flight, use, kind, f"noname.{number}" if name is None else name,
+            handle = self.handle_class(self.flight, use, kind, f"noname.{number % EPOCH}" if name is None else name,
                                        (source, target), finish, result)  # fmt: skip
             self.flight.add(handle)
             try:
@@ -130,22 +144,22 @@ class Submitter:
 
     def remember(self, kind, name, array, wish):
         """`wish` is all that the user asked for beside the array, which was just submitted under this name."""
-        use = self._names.use(kind, name)
+        use = self.names.use(kind, name)
         use.wish, use.dtype, use.shape = wish, array.dtype, array.shape
 
     def run_again(self, kind, name, array, wish, timeout_s):
         """Runs an operation that asks for the same as the last one of its name, and waits. False: it does not, or may not."""
-        use = self._names.used(kind).get(name)
+        use = self.names.used(kind).get(name)
         if use is None or use.wish != wish or array.dtype is not use.dtype or array.shape != use.shape:
             return False
         engine, flight, request, keep = self.engine, self.flight, use.request, use.keep
-        if use.handle is not None or request is None or engine.closed or engine.forked or flight.timeline is not None:
+        if use.handle is not None or request is None or not engine.is_open or flight.timeline is not None:
             return False
         try:
             memory = memory_of(array)
         except (ValueError, TypeError, BufferError):
             return False  # the long way tells the user what is wrong
-        with self._lock:
+        with self.lock:
             key, number = use.next_key(), use.count
         place = engine.places.pop() if engine.places else engine.new_place()
         try:
@@ -160,20 +174,20 @@ class Submitter:
 
     def start_again(self, kind, name, array, wish):
         """As `run_again`, but does not wait. Returns the handle, or None."""
-        use = self._names.used(kind).get(name)
+        use = self.names.used(kind).get(name)
         if use is None or use.wish != wish or array.dtype is not use.dtype or array.shape != use.shape:
             return None
         engine, request, keep = self.engine, use.request, use.keep
-        if use.handle is not None or request is None or engine.closed or engine.forked:
+        if use.handle is not None or request is None or not engine.is_open:
             return None
         try:
             memory = memory_of(array)
         except (ValueError, TypeError, BufferError):
             return None
-        with self._lock:
+        with self.lock:
             key, number = use.next_key(), use.count
         place = engine.places.pop() if engine.places else engine.new_place()
-        handle = Handle(self.flight, use, kind, f"noname.{number}" if name is None else name, (memory, keep), None, array)
+        handle = Handle(self.flight, use, kind, f"noname.{number % EPOCH}" if name is None else name, (memory, keep), None, array)
         self.flight.add(handle)
         status = engine.submit_at(request, key, memory, memory, place)
         if status != 0:
@@ -186,7 +200,7 @@ class Submitter:
 
     def _caught(self, kind, use, number, keep, operation, result):
         """An operation that was not done at once as one in flight."""
-        name = f"noname.{number}" if use.name is None else use.name
+        name = f"noname.{number % EPOCH}" if use.name is None else use.name
         handle = Handle(self.flight, use, kind, name, keep, None, result)
         self.flight.add(handle)
         handle.operation = operation
@@ -196,8 +210,8 @@ class Submitter:
 
     def prepare(self, kind, name, source, target, *, priority=0, op=None, scales=(1.0, 1.0), result=None):
         """A Prepared of an operation on this memory; arguments as for `submit`."""
-        use = self._names.use(kind, name)
-        with self._lock:
+        use = self.names.use(kind, name)
+        with self.lock:
             self._describe(use, kind, (source.dtype, source.count, source.shape, op, -1, priority, scales, None, False))
             request, keep = copy_of_request(use.request), use.keep
         request.input = request.output = pointer_of(source)
@@ -217,8 +231,8 @@ class Submitter:
         Returns:
             A names.Use with `request` and `base`.
         """
-        use = Use(f"{self._names.group}/native", kind, name, self.size)
-        with self._lock:
+        use = Use(f"{self.names.group}/native", kind, name, self.size)
+        with self.lock:
             self._describe(use, kind, (dtype, math.prod(shape), shape, op, -1, priority, scales, None, overlapped))
         return use
 
@@ -232,12 +246,58 @@ class Submitter:
         """
         if name is None:
             name = self._parts[tuple(members)] = self._parts.get(tuple(members), 0) + 1
-        name = f"{self._names.group}/{name} of {members}"
-        return Submitter(self.engine, hosts, self.settings, name, members, self.flight)
+        name = f"{self.names.group}/{name} of {members}"
+        part = Submitter(self.engine, hosts, self.settings, name, members, self.flight, self.kin[0])
+        self.kin.append(part)
+        return part
+
+    def for_members(self, members):
+        """What stands in for operations of a group that this rank does not know."""
+        hosts = [self._hosts[rank] for rank in members]
+        return Submitter(self.engine, hosts, self.settings, "unknown", members, self.flight, self)
+
+    def stand_in(self, told):
+        """Posts this rank's part in an operation of others, which changes nothing. Returns its handle.
+
+        Args:
+            told: a commlib.engine.Announced.
+
+        Raises:
+            JoinedError: that cannot be: it is no all-reduce.
+        """
+        kind = _KIND_OF_CODE.get((told.hint & _KIND_BITS) - 1)
+        is_silent = kind == "exchange" and bool(told.hint & _SILENT)
+        if kind != "allreduce" and not is_silent:
+            raise JoinedError(f"rank {self.engine.rank} has joined, and {kind or 'this'} needs every rank: until all have joined, "
+                              "only allreduce goes on", self.engine.rank)  # fmt: skip
+        dtype = _DTYPE_OF_CODE[told.dtype]
+        count = 0 if is_silent else told.count
+        array = neutral_array(told.reduction, count, dtype)
+        source = Buffer(None, (count,), dtype, array, True)
+        request, itemsize = told.request, source.itemsize
+        request.input = request.output = pointer_of(source)
+        request.count = count
+        request.my_part = self.rank
+        if is_silent or told.kind == TICKET_CODE:
+            request.members, request.nmembers = self._members, self.size
+        plan = NO_PLAN
+        if told.kind != TICKET_CODE:
+            plan, _ = self._plan_of_engine(kind, count * itemsize, itemsize, 0, bool(told.hint & _OVERLAPPED))
+        request.plan = plan
+        handle = self.handle_class(self.flight, Use(self.names.group, kind, None, self.size), kind, f"for {told.text}",
+                                   (source, source), None, None)  # fmt: skip
+        handle.note = plan
+        self.flight.add(handle)
+        try:
+            self._post(handle, request, partial(self.engine.stand_in, told))
+        except BaseException:
+            self.flight.discard(handle)
+            raise
+        return handle
 
     def is_begun(self, kind):
         """See `Communicator.is_begun`."""
-        use = self._names.use(kind, None)
+        use = self.names.use(kind, None)
         return self.engine.is_begun(key_of_use(use.base, use.count))
 
     def algorithm(self, kind, nbytes, overlapped=False):
@@ -252,8 +312,13 @@ class Submitter:
         """In a forked child: the timeline is the parent's."""
         self.flight.timeline = None
 
-    def _post(self, handle, request):
-        handle.operation = self.engine.submit(request)
+    def _plan_of_engine(self, *args):
+        """As `_plan`, for an operation that the engine moves."""
+        return self._plan(*args)
+
+    def _post(self, handle, request, submit=None):
+        """Submits a request; `submit(request)` in place of the engine's, for one that stands in."""
+        handle.operation = self.engine.submit(request) if submit is None else submit()
 
     def free_name(self, kind, use):
         """The last operation of a name may be done without anybody having noticed."""
@@ -281,6 +346,7 @@ class Submitter:
         request.prescale, request.postscale = scales[0], scales[1] * share_of(op, dtype, self.size)
         request.count = count
         request.my_part = self.rank
+        request.hint = KIND_CODES[kind] + 1 + (_OVERLAPPED if overlapped else 0) + (_SILENT if shape == ANY_OR_NONE else 0)
         request.plan, request.segment_count = plan, segment_count
         if offsets is not None:
             request.parts = offsets

@@ -8,10 +8,11 @@ from contextlib import suppress
 from functools import partial
 
 from commlib.buffer import Buffer, as_buffer, copy_into, ndarray, new_like, style_of, writable_buffer
-from commlib.collective import Submitter
+from commlib.collective import ANY, ANY_OR_NONE, Submitter
 from commlib.control import Control
 from commlib.grouped import GroupedCollectives
 from commlib.layout import checked_ranks
+from commlib.membership import Membership
 from commlib.reduction import Average, check_op
 from commlib.results import Rows, exchanged, new_shared
 from commlib.timeline import Timeline
@@ -19,11 +20,10 @@ from commlib.timeline import Timeline
 # Operations of others that still need this rank's last bytes get this long at close.
 _LINGER_MS = 2000
 
-_ANY = ("any",)  # every rank's bytes may have another length
 _NOTHING = Buffer(0, (0,), "uint8", None, True)
 
 
-class Communicator(GroupedCollectives):
+class Communicator(GroupedCollectives, Membership):
     """The collectives of a group of ranks; made by `commlib.init()`.
 
     Operations are matched between ranks by their names, in whatever order they are submitted; unnamed ones by their
@@ -57,8 +57,7 @@ class Communicator(GroupedCollectives):
         self.transports = topology.transports
         self.host_sizes = tuple(topology.hosts.count(host) for host in range(max(topology.hosts) + 1))
         self.control = Control(self.exchange, self.rank, self.size)
-        self._parent = parent
-        self._before_close = parent._before_close if parent else []
+        Membership.__init__(self, parent)
 
     # ---- allreduce -------------------------------------------------------------------------------------------
 
@@ -302,17 +301,19 @@ class Communicator(GroupedCollectives):
         """As `barrier`; returns at once, a Handle."""
         return self._submitter.submit("barrier", None, _NOTHING, _NOTHING)
 
-    def exchange(self, payload, *, name, timeout_s=None):
+    def exchange(self, payload, *, name, timeout_s=None, without_joined=False):
         """Tells every rank everybody's bytes: the control plane, for what ranks must know of each other.
 
         Args:
             payload: bytes; the length may differ between ranks.
             name: matches the exchange between ranks.
+            without_joined: True: of a rank that has joined it tells no bytes, instead of failing.
 
         Returns:
             A list of bytes, one per rank, in rank order.
         """
-        return self._submitter.submit("exchange", name, as_buffer(payload), None, shape=_ANY, finish=exchanged).wait(timeout_s)
+        shape = ANY_OR_NONE if without_joined else ANY
+        return self._submitter.submit("exchange", name, as_buffer(payload), None, shape=shape, finish=exchanged).wait(timeout_s)
 
     # ---- groups ----------------------------------------------------------------------------------------------
 
@@ -389,17 +390,6 @@ class Communicator(GroupedCollectives):
         self._engine.after_fork()
         self._submitter.after_fork()
 
-    def stats(self):
-        """What this rank has done so far: counts and bytes, a dict.
-
-        Example:
-            >>> import commlib
-            >>> commlib.init().stats()["failed"]
-            0
-            >>> commlib.shutdown()
-        """
-        return {**self._engine.stats(), "in_flight": len(self._submitter.flight), "settings_hash": self.settings.hash}
-
     def start_timeline(self, path):
         """Records operations and user spans of this rank from now on; every rank calls it with the same path.
 
@@ -417,19 +407,6 @@ class Communicator(GroupedCollectives):
             self._submitter.flight.sweep()
             self._submitter.flight.record(None)
             timeline.finish(partial(self.exchange, name="timeline", timeout_s=timeout_s))
-
-    def on_close(self, callback):
-        """Has callback() called when this rank is about to leave the group, while operations still work; the last one first.
-
-        In a forked child, which has nothing to leave, it is not called.
-
-        Example:
-            >>> import commlib
-            >>> commlib.init().on_close(lambda: print("leaving"))
-            >>> commlib.shutdown()
-            leaving
-        """
-        self._before_close.append(callback)
 
     def close(self):
         """Leaves the other ranks. What is in flight fails with ShutdownError, and they learn of it. Nothing if it is a group's."""

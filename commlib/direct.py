@@ -6,9 +6,10 @@ addresses; who uses them, and when, it does not know.
 """
 
 from commlib.buffer import Buffer
-from commlib.engine import functions_address, write_request
+from commlib.engine import functions_address
 from commlib.names import STRIDE
 from commlib.reduction import check_op
+from commlib.requests import write_request
 
 _NOTHING = Buffer(0, (0,), "uint8", None, True)
 
@@ -34,8 +35,10 @@ class Direct:
 
     @property
     def is_possible(self):
-        """False: other things than the engine must see each operation (another backend, a timeline): submit by Python."""
-        return self._submitter.prepares and self._submitter.flight.timeline is None
+        """False: other things than the engine must see each operation: another backend, a timeline, names that count anew after a
+        join of all ranks. Submit by Python then."""
+        is_first_epoch = self._submitter.names.first == 0
+        return self._submitter.prepares and self._submitter.flight.timeline is None and is_first_epoch
 
     def on_change(self, callback):
         """Has callback() called when `is_possible` may have changed."""

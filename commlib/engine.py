@@ -8,7 +8,8 @@ from functools import partial
 from typing import NamedTuple
 
 from commlib._native import ffi, lib
-from commlib.errors import CommlibError, ForkedError, ShutdownError, error_of
+from commlib.errors import CommlibError, ForkedError, JoinedError, ShutdownError, error_of
+from commlib.requests import Announced, new_text, string_of
 
 # The engine's cl_kind of every kind.
 KIND_CODES = {
@@ -22,13 +23,9 @@ AGAIN = lib.CL_AGAIN
 # What every kind is to the engine when the bytes are moved by somebody else.
 TICKET_CODE = lib.CL_TICKET
 
-# The control plane's own exchanges have no plan, and tickets no chunks.
-NO_PLAN = NO_OFFSETS = ffi.NULL
-
 # Waits in C return this often, so that Python can run signal handlers (Ctrl-C).
 _SLICE_MS = 100
 
-TEXT_NBYTES = 256  # of a request's text; the engine cuts it there
 _REPORT_NBYTES = 1024  # what the engine makes at most
 
 _STATS = ("operations", "failed", "sent_nbytes", "received_nbytes", "eager_kept", "eager_starved", "grants", "frames")
@@ -61,8 +58,8 @@ class Engine:
         ValueError: the engine refuses a setting.
     """
 
-    __slots__ = ("pointer", "rank", "size", "forked", "closed", "run_at", "submit_at", "places", "ended", "_out", "_library",
-                 "__weakref__")  # fmt: skip
+    __slots__ = ("pointer", "rank", "size", "forked", "closed", "joined", "is_open", "run_at", "submit_at", "places", "ended",
+                 "_out", "_library", "__weakref__")  # fmt: skip
 
     def __init__(self, rank, size, settings):
         self.pointer = None
@@ -71,6 +68,8 @@ class Engine:
         self.forked = False
         self.closed = False
         self.ended = []  # functions that are called when it was shut down: nothing is in flight then
+        self.joined = False
+        self.is_open = True  # nothing of this is the case
         self._library = None  # of MPI, while there are links over it
         self._out = ffi.new("cl_operation **")
         fields = {name: getattr(settings, name) for name in ENGINE_SETTINGS}
@@ -90,7 +89,7 @@ class Engine:
         memfd, doorbell = ffi.new("int *"), ffi.new("int *")
         status = lib.cl_shm_create(self.pointer, npeers, memfd, doorbell)
         if status != lib.CL_OK:
-            raise error_of(status, f"{_string(lib.cl_status_text(status))} while making shared memory for {npeers} peers: "
+            raise error_of(status, f"{string_of(lib.cl_status_text(status))} while making shared memory for {npeers} peers: "
                            "free some memory, raise the limit of open files or of memory (ulimit), or set a smaller "
                            "shm_ring_nbytes")  # fmt: skip
         return memfd[0], doorbell[0]
@@ -135,9 +134,10 @@ class Engine:
         return self._out[0]
 
     def check_open(self):
-        """Raises if this is a forked child, or the engine was shut down."""
-        if self.forked or self.closed:
+        """Raises if this is a forked child, the engine was shut down, or this rank has joined."""
+        if not self.is_open:
             self.check()
+            raise JoinedError("this rank has joined: it submits nothing until join() has returned", self.rank)
 
     def check(self):
         """Raises what ended this engine, if anything did: a fork, a shutdown, a lost peer."""
@@ -148,7 +148,7 @@ class Engine:
         text, peer = ffi.new("char **"), ffi.new("int32_t *")
         status = lib.cl_engine_health(self.pointer, text, peer)
         if status != lib.CL_OK:
-            raise error_of(status, _string(text[0]), peer[0])
+            raise error_of(status, string_of(text[0]), peer[0])
 
     def now(self):
         """Seconds on the clock of an operation's times."""
@@ -166,6 +166,7 @@ class Engine:
         """Says goodbye to the peers and closes all links; idempotent, and nothing in a forked child."""
         if not self.forked and not self.closed:
             self.closed = True
+            self.is_open = False
             lib.cl_engine_shutdown(self.pointer, linger_ms)
             if self._library is not None:
                 self._library.ended(lib.cl_mpi_ended(self.pointer) == 1)
@@ -177,6 +178,7 @@ class Engine:
         """In the child: gives back this process's copies of descriptors; from here on every call is refused."""
         if not self.forked:
             self.forked = True
+            self.is_open = False
             lib.cl_engine_forked(self.pointer)
 
     def __del__(self):
@@ -293,7 +295,53 @@ class Engine:
         if status == AGAIN:
             return None
         _check(status)
-        return _string(text)
+        return string_of(text)
+
+    # ---- joining -----------------------------------------------------------------------------------------------
+
+    def join(self):
+        """From here on this rank submits nothing of its own; nothing changes if it has joined already."""
+        self.joined, self.is_open = True, False  # before others count on it
+        _check(lib.cl_join(self.pointer))
+
+    def next_announced(self, timeout_s):
+        """Waits for what there is to do while joined.
+
+        Returns:
+            An Announced, to be given to `stand_in` or `refuse` or left; an int, the last rank that joined, when all have; None
+            if nothing came in time.
+
+        Raises:
+            PeerLeftError, PeerLostError: a rank has gone, and not all will join.
+        """
+        if self.forked:
+            raise ForkedError(_FORKED_TEXT)
+        told, last = ffi.new("cl_announced **"), ffi.new("int32_t *")
+        status = lib.cl_join_next(self.pointer, int(timeout_s * 1e3), told, last)
+        if status == AGAIN:
+            return None
+        if status == lib.CL_PEER_LEFT:
+            raise error_of(status, f"join() waits in vain: rank {last[0]} has shut down without joining", last[0])
+        if status != lib.CL_OK:
+            self.check()
+            _check(status)
+        return last[0] if told[0] == ffi.NULL else Announced(told[0])
+
+    def stand_in(self, announced):
+        """Posts this rank's part in an operation of others. Returns the operation, to be released."""
+        status = lib.cl_stand_in(self.pointer, announced.native, self._out)
+        if status:
+            raise error_of(status, _REFUSED if status == lib.CL_INVALID else "")
+        return self._out[0]
+
+    def refuse(self, announced, text):
+        """An operation of others fails on all of them, since this rank has joined."""
+        lib.cl_join_refuse(self.pointer, announced.native, new_text(text))
+
+    def end_join(self):
+        """All have joined, and the keys of what follows are others than before."""
+        _check(lib.cl_join_end(self.pointer))
+        self.joined, self.is_open = False, not self.closed
 
     # ---- tickets: for operations whose bytes somebody else moves ---------------------------------------------------
 
@@ -335,59 +383,12 @@ def operation_error(operation):
     """The exception of a failed operation; the caller raises it."""
     text, peer = ffi.new("char **"), ffi.new("int32_t *")
     status = lib.cl_operation_status(operation, text, peer)
-    return error_of(status, _string(text[0]), peer[0])
-
-
-def new_request():
-    """An empty cl_request."""
-    return ffi.new("cl_request *")
+    return error_of(status, string_of(text[0]), peer[0])
 
 
 def functions_address():
     """Where the engine's cl_functions are, an int."""
     return int(ffi.cast("uintptr_t", lib.cl_engine_functions()))
-
-
-def write_request(request, address, text_address):
-    """Writes a cl_request where native code wants it, and its text, of CL_TEXT_NBYTES at most, to where it will stay."""
-    text = ffi.string(request.text)[: TEXT_NBYTES - 1] + b"\0"
-    ffi.memmove(ffi.cast("char *", text_address), text, len(text))
-    target = ffi.cast("cl_request *", address)
-    target[0] = request[0]
-    target.text = ffi.cast("char *", text_address)
-
-
-def copy_of_request(request):
-    """A cl_request of its own; what it points to is the other's to keep."""
-    return ffi.new("cl_request *", request[0])
-
-
-def new_text(text):
-    """A C string, which lives as long as the object."""
-    return ffi.new("char[]", text.encode())
-
-
-def new_offsets(offsets):
-    """A C array of uint64_t."""
-    return ffi.new("uint64_t[]", offsets)
-
-
-def new_members(members):
-    """A C array of int32_t."""
-    return ffi.new("int32_t[]", list(members))
-
-
-def native_plan(plan):
-    """A commlib.plan.Plan as cl_plan, which is freed with the object.
-
-    Raises:
-        ValueError: the steps are no plan.
-    """
-    packed = plan.pack()
-    steps = ffi.from_buffer("cl_step[]", packed) if plan.steps else ffi.NULL
-    native = ffi.new("cl_plan **")
-    _check(lib.cl_plan_new(steps, len(plan.steps), plan.nchunks, plan.inputs, native))
-    return ffi.gc(native[0], lib.cl_plan_free)
 
 
 ENGINE_SETTINGS = (
@@ -401,7 +402,3 @@ _REFUSED = "the engine refuses a request that contradicts itself: this is a faul
 def _check(status):
     if status != lib.CL_OK:
         raise error_of(status)
-
-
-def _string(text):
-    return ffi.string(text).decode(errors="replace")

@@ -15,6 +15,15 @@ class MismatchError(CommlibError):
     """Ranks asked for different things under one name; raised on every rank. The library stays usable."""
 
 
+class JoinedError(CommlibError):
+    """A rank has joined, and the operation cannot do without it; or this rank has, and submitted something. `rank` is that one.
+    The library stays usable."""
+
+    def __init__(self, message, rank=-1):
+        super().__init__(message)
+        self.rank = rank
+
+
 class StalledError(CommlibError):
     """A rank did not submit an operation that others wait for, within `stall_shutdown_s`; raised on every rank, and on that
     one if it submits it later. The library stays usable; `rank` is the first of those that did not."""
@@ -59,6 +68,7 @@ _ERROR_OF_STATUS = {
     lib.CL_MISMATCH: _text_only(MismatchError),
     lib.CL_PEER_LOST: PeerLostError,
     lib.CL_PEER_LEFT: PeerLeftError,
+    lib.CL_JOINED: JoinedError,
     lib.CL_STALLED: StalledError,
     lib.CL_SHUTDOWN: _text_only(ShutdownError),
     lib.CL_FORKED: _text_only(ForkedError),

@@ -124,6 +124,10 @@ class Flight:
     def record(self, timeline):
         """From now on this timeline is told; None: none is."""
         self.timeline = timeline
+        self.tell_watchers()
+
+    def tell_watchers(self):
+        """Something has changed that whoever submits by himself must know of."""
         for watcher in self.watchers:
             watcher()
 

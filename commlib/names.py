@@ -10,6 +10,9 @@ import hashlib
 STRIDE = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
+# Uses of a name in one epoch, at most: the first use of each epoch is a multiple of it.
+EPOCH = 1 << 40
+
 
 def base_key(group, kind, name):
     """64 bits that stand for (group, kind, name); name None: the unnamed operations of that kind."""
@@ -36,11 +39,11 @@ class Use:
 
     __slots__ = ("base", "name", "count", "handle", "request", "signature", "keep", "wish", "dtype", "shape", "nmembers")
 
-    def __init__(self, group, kind, name, nmembers):
+    def __init__(self, group, kind, name, nmembers, count=0):
         self.nmembers = nmembers
         self.base = base_key(group, kind, name)
         self.name = name
-        self.count = 0
+        self.count = count
         self.handle = None
         self.request = None
         self.signature = None
@@ -67,12 +70,25 @@ class Names:
         nmembers: how many ranks the group has.
     """
 
-    __slots__ = ("group", "nmembers", "_uses")
+    __slots__ = ("group", "nmembers", "first", "_uses")
 
-    def __init__(self, group, kinds, nmembers):
+    def __init__(self, group, kinds, nmembers, first=0):
         self.group = group
         self.nmembers = nmembers
+        self.first = first  # the number of the first use in this epoch
         self._uses = {kind: {} for kind in kinds}
+
+    def begin_epoch(self, first):
+        """All ranks have joined: whatever they have used differently before, they count from here alike."""
+        self.first = first
+        for uses in self._uses.values():
+            for use in list(uses.values()):
+                use.count = first
+
+    def used_in_epoch(self):
+        """(base key, how often it was used in this epoch) of every name."""
+        return [(use.base, use.count - self.first) for uses in self._uses.values() for use in list(uses.values())
+                if use.count > self.first]  # fmt: skip
 
     def used(self, kind):
         """The records of all names of a kind that were used, by name."""
@@ -85,5 +101,5 @@ class Names:
         if use is None:
             if name is not None and type(name) is not str:
                 raise TypeError(f"the name of an operation is a string, not {type(name).__name__}")
-            use = uses.setdefault(name, Use(self.group, kind, name, self.nmembers))  # another thread may be first
+            use = uses.setdefault(name, Use(self.group, kind, name, self.nmembers, self.first))  # another thread may be first
         return use

@@ -5,6 +5,8 @@ Average is not a reduction of its own: it is a sum whose result is multiplied by
 
 import enum
 
+import numpy
+
 
 class ReduceOp(enum.Enum):
     """How the contributions of all ranks become one value; `code` is the engine's cl_reduction."""
@@ -41,3 +43,36 @@ def check_op(op, dtype):
         raise TypeError(f"op must be commlib.Average, Sum, Min, Max or Product, not {op!r}")
     if op is Average and dtype == "bool":
         raise ValueError("the average of bool has no meaning: use op=commlib.Max (or) or commlib.Min (and)")
+
+
+_NEUTRAL_OF_BFLOAT16 = {0: 0x0000, 1: 0x7F80, 2: 0xFF80, 3: 0x3F80}  # 0, infinity, -infinity, 1, in its bits
+
+
+def neutral_array(code, count, dtype):
+    """A NumPy array of `count` elements that change nothing in a reduction: zeros for a sum, ones for a product.
+
+    Args:
+        code: of the reduction, as ReduceOp.code.
+        count: elements.
+        dtype: a name; of bfloat16, which NumPy lacks, the bits.
+
+    Example:
+        >>> neutral_array(Min.code, 2, "int8")
+        array([127, 127], dtype=int8)
+    """
+    if dtype == "bfloat16":
+        return numpy.full(count, _NEUTRAL_OF_BFLOAT16[code], numpy.uint16)
+    if code == Sum.code:
+        return numpy.zeros(count, dtype)
+    if code == Product.code:
+        return numpy.ones(count, dtype)
+    return numpy.full(count, _extreme(dtype, largest=code == Min.code), dtype)
+
+
+def _extreme(dtype, largest):
+    kind = numpy.dtype(dtype).kind
+    if kind == "b":
+        return largest
+    if kind == "f":
+        return numpy.inf if largest else -numpy.inf
+    return numpy.iinfo(dtype).max if largest else numpy.iinfo(dtype).min

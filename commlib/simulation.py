@@ -12,8 +12,9 @@ from typing import Dict, NamedTuple, Optional, Sequence
 from commlib import algorithms
 from commlib._native import ffi, lib
 from commlib.cost import Link
-from commlib.engine import ENGINE_SETTINGS, native_plan
+from commlib.engine import ENGINE_SETTINGS
 from commlib.plan import Shape
+from commlib.requests import native_plan
 from commlib.selection import ALONE, Choice, select
 from commlib.settings import Settings
 

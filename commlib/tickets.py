@@ -11,10 +11,11 @@ from typing import Protocol
 
 from commlib.buffer import DTYPES, Buffer, new_like
 from commlib.collective import Submitter, segment_elements
-from commlib.engine import AGAIN, NO_OFFSETS, NO_PLAN, TICKET_CODE
+from commlib.engine import AGAIN, TICKET_CODE
 from commlib.errors import CommlibError
 from commlib.handle import Handle
 from commlib.memory import scale
+from commlib.requests import NO_OFFSETS, NO_PLAN
 from commlib.results import Rows
 
 # The engine's own exchange already is what these need: all ranks have come.
@@ -221,11 +222,17 @@ class TicketSubmitter(Submitter):
     def start_again(self, *_):
         """As `run_again`."""
 
-    def _post(self, handle, request):
+    def _post(self, handle, request, submit=None):
         if request.kind == TICKET_CODE:
             handle.assign(request, self.engine.rank, self.engine.size)
+            if submit is not None:
+                handle.job.prescale = 1.0  # what stands in changes nothing as it is
             self._worker.expect(request.key, handle)
-        super()._post(handle, request)
+        super()._post(handle, request, submit)
+
+    def _plan_of_engine(self, *args):
+        self._moves = False
+        return super()._plan_of_engine(*args)
 
     def is_moved(self, kind, dtype, nbytes, overlapped):
         """Whether the mover carries out an operation, and not the engine; equal on all ranks."""

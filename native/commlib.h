@@ -21,6 +21,7 @@ typedef enum {
     CL_PEER_LOST,  /* a rank died or cannot be reached */
     CL_PEER_LEFT,  /* a rank shut down while it was still needed */
     CL_SHUTDOWN,   /* this engine was shut down */
+    CL_JOINED,     /* a rank has joined, and the operation cannot do without it */
     CL_FORKED,     /* called in a forked child, which holds no engine */
     CL_STALLED,    /* a rank did not submit the operation within settings.stall_shutdown_s */
     CL_STATUS_END
@@ -212,6 +213,7 @@ typedef struct {
     int32_t nsplits;
     const int32_t *listeners; /* who hears that the operation failed: the ranks of a smaller group; NULL: all */
     int32_t nlisteners;
+    uint32_t hint;            /* the caller's own: told to ranks that have joined, see cl_announced */
 } cl_request;
 
 /*
@@ -306,6 +308,38 @@ const cl_functions *cl_engine_functions(void);
  * Out: text, cut to `nbytes`. Returns CL_AGAIN on time-out; CL_SHUTDOWN or CL_PEER_LOST once the engine has ended.
  */
 int cl_stall_next(cl_engine *engine, int32_t timeout_ms, char *text, uint32_t nbytes);
+
+/* ---- joining ------------------------------------------------------------------------------------------------ */
+
+/* What another rank has submitted, while this one has joined and submits nothing. */
+typedef struct cl_announced {
+    struct cl_announced *next; /* the engine's own */
+    int32_t from;
+    cl_request request; /* as that rank gave it, without plan, memory and members; text and listeners live as long as this */
+} cl_announced;
+
+/*
+ * Joins: from here on this rank submits nothing of its own, and stands in for its part in what others submit, until all ranks
+ * have joined. Called again, it changes nothing. Returns CL_FORKED, CL_SHUTDOWN.
+ */
+int cl_join(cl_engine *engine);
+/*
+ * Waits for what is to be done while joined; one thread does it all.
+ * Returns CL_OK and *told: an operation that this rank may not have submitted; give it to cl_stand_in or cl_join_refuse, or leave
+ * it if it has; then to cl_announced_free. CL_OK and NULL: all have joined, *last was the last, and nothing more will be told.
+ * CL_AGAIN on time-out; CL_PEER_LOST, CL_PEER_LEFT or CL_SHUTDOWN: *last has gone, and not all will join.
+ */
+int cl_join_next(cl_engine *engine, int32_t timeout_ms, cl_announced **told, int32_t *last);
+/*
+ * As cl_submit, of told->request, into which the caller has put plan, memory and members: a contribution that changes nothing,
+ * which is not prescaled.
+ */
+int cl_stand_in(cl_engine *engine, const cl_announced *told, cl_operation **operation);
+/* The operation fails on all ranks that submit it, with CL_JOINED and this text. */
+int cl_join_refuse(cl_engine *engine, const cl_announced *told, const char *text);
+void cl_announced_free(cl_announced *told);
+/* After all have joined, and the caller's stand-ins are done: a new epoch begins, whose keys must differ from all before. */
+int cl_join_end(cl_engine *engine);
 
 /* ---- tickets ------------------------------------------------------------------------------------------------ */
 

@@ -40,6 +40,7 @@ int cl_engine_new(int32_t rank, int32_t size, const cl_settings *settings, cl_en
     engine->clock = monotonic_s;
     engine->kernels = cl_kernels_best();
     engine->blamed = -1;
+    engine->join.last = -1;
     engine->peers = calloc((size_t)size, sizeof(cl_peer));
     engine->dirty = calloc((size_t)size, sizeof(int32_t));
     if (engine->peers == NULL || engine->dirty == NULL) {
@@ -293,12 +294,17 @@ void cl_engine_post(cl_engine *engine, cl_operation *operation)
                           engine->leaving ? "this communicator was shut down" : engine->health_text);
         return;
     }
+    if (engine->join.joined && !operation->stands_in) {
+        cl_operation_fail(operation, CL_JOINED, engine->rank, "this rank has joined: it submits nothing until join() returns");
+        return;
+    }
     link_operation(engine, operation);
     if (cl_table_put(&engine->operations, operation->request.key, operation) != CL_OK) {
         cl_control_fail_everywhere(operation, CL_NO_MEMORY, engine->rank, "out of memory for the table of operations");
         return;
     }
     cl_operation_hold(operation);
+    cl_join_announce(operation);
     begin(engine, operation);
     if (!atomic_load_explicit(&operation->done, memory_order_relaxed))
         fail_if_somebody_left(engine, operation);
@@ -430,6 +436,7 @@ void cl_engine_lost(cl_engine *engine, int32_t rank, const char *reason, bool te
         cl_operation_fail(engine->first, CL_PEER_LOST, rank, engine->health_text);
     cl_tickets_close(engine, CL_PEER_LOST);
     cl_stall_close(engine, CL_PEER_LOST);
+    cl_join_close(engine, CL_PEER_LOST, rank);
 }
 
 void cl_engine_leave(cl_engine *engine)
@@ -440,6 +447,7 @@ void cl_engine_leave(cl_engine *engine)
     engine->leaving = true;
     cl_tickets_close(engine, CL_SHUTDOWN);
     cl_stall_close(engine, CL_SHUTDOWN);
+    cl_join_close(engine, CL_SHUTDOWN, engine->rank);
     char text[64];
     snprintf(text, sizeof text, "rank %d has shut down", engine->rank);
     while (engine->first != NULL) {
@@ -506,6 +514,7 @@ void cl_engine_free(cl_engine *engine)
     cl_shm_free(engine);
     cl_tickets_free(engine);
     cl_stall_free(engine);
+    cl_join_free(engine);
     free_early(engine);
     cl_table_free(&engine->early);
     cl_table_free(&engine->failed);

@@ -33,6 +33,8 @@ typedef enum {
     CL_FRAME_EXCHANGE_UP,   /* entries of a subtree */
     CL_FRAME_EXCHANGE_DOWN, /* all entries */
     CL_FRAME_TICKET,        /* `segment` may be moved now, by whoever takes tickets */
+    CL_FRAME_JOIN,          /* join.c's words */
+    CL_FRAME_ANNOUNCE,      /* payload: an operation that the sender has submitted, for a rank that has joined */
     CL_FRAME_QUERY,         /* how is it with this key? */
     CL_FRAME_ANSWER,        /* step: stall.c's answer; arg: how many operations the sender waits for; payload: the oldest of them */
     CL_FRAME_MISMATCH,      /* payload: what the sender submitted under this key */
@@ -136,6 +138,7 @@ struct cl_operation {
     cl_meta meta;
     cl_plan *plan;
     uint64_t *chunk_first, *chunk_end; /* elements, per chunk, of uneven operations; NULL: equal parts */
+    bool travels_for_nothing;    /* it has no elements, but all ranks are to hear of each other */
     bool laid_out_later;         /* segments are known after an exchange, and in blocks of their own */
     uint32_t nsegments;
     cl_segment *segments;
@@ -144,6 +147,8 @@ struct cl_operation {
     uint64_t *posted;            /* per plan peer: bytes accepted by the link and not yet sent */
     /* From here on: what one run leaves behind, zero before the next; see cl_operation_renew. */
     bool started, eager;
+    bool stands_in;          /* for a part that this rank, which has joined, does not have */
+    uint32_t epoch;          /* how many joins were before it */
     uint64_t sequence;
     uint8_t *input, *output; /* bases of input and output chunks; both NULL: timing only */
     uint8_t *memory;         /* the result, if the engine allocated it */
@@ -195,6 +200,22 @@ typedef struct {
     atomic_int closed;            /* cl_status: there will be no more */
 } cl_stalls;
 
+/* ---- joining ------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    bool joined;           /* this rank, in this epoch */
+    uint32_t epoch;        /* joins of all ranks that have ended here */
+    uint32_t njoined;      /* peers that have joined in this epoch */
+    uint32_t announced_by; /* peers that have announced what they had in flight when this rank joined */
+    uint32_t arrived[2];   /* at the first rank: ranks that have joined in an even, an odd epoch */
+    int32_t last;          /* who joined last; -1: not all have */
+    _Atomic(cl_announced *) told; /* newest first, for the thread that joins */
+    cl_announced *taken;   /* that thread's own: oldest first */
+    atomic_int events;     /* futex: counts what that thread should look at */
+    atomic_int closed;     /* cl_status: not all will join */
+    int32_t blamed;
+} cl_joining;
+
 /* ---- peers and engine -------------------------------------------------------------------------------------- */
 
 typedef struct cl_outgoing {
@@ -212,6 +233,7 @@ typedef enum { CL_INCOMING_DISCARD = 0, CL_INCOMING_APPLY, CL_INCOMING_KEEP } cl
 typedef struct {
     cl_link *link; /* NULL: none, or closed */
     bool left, lost;
+    uint32_t joins;       /* how often it has joined */
     bool dirty;           /* in the engine's list of peers to pump */
     bool watched;         /* by epoll: progress of the link can do nothing while it is not awake */
     atomic_bool awake;    /* its descriptor became ready, or something was sent */
@@ -229,7 +251,7 @@ typedef struct {
     char host[64]; /* where it lives, for people; empty if nobody has said */
 } cl_peer;
 
-enum { CL_FAILED_KEYS = 1024, CL_DONE_KEYS = 1024 };
+enum { CL_FAILED_KEYS = 1024, CL_DONE_KEYS = 4096 };
 
 struct cl_engine {
     int32_t rank, size;
@@ -255,6 +277,7 @@ struct cl_engine {
     bool somebody_left; /* of the peers */
     cl_tickets tickets;
     cl_stalls stalls;
+    cl_joining join;
     char health_text[CL_ERROR_NBYTES];
     const char *health_reason; /* the end of it: why the rank was lost */
     cl_stats stats;
@@ -356,6 +379,16 @@ void cl_tickets_forget(cl_operation *operation);
 void cl_tickets_close(cl_engine *engine, int status);
 void cl_tickets_free(cl_engine *engine);
 
+/* join.c: ranks that have run out of work */
+/* Before it begins: tells those who have joined. */
+void cl_join_announce(cl_operation *operation);
+/* Both: false if the peer breaks the protocol. */
+bool cl_join_on_word(cl_engine *engine, int32_t peer, const cl_frame *frame);
+bool cl_join_on_announcement(cl_engine *engine, int32_t peer, const cl_frame *frame, const uint8_t *data);
+void cl_join_on_bye(cl_engine *engine, int32_t peer);
+void cl_join_close(cl_engine *engine, int status, int32_t blamed);
+void cl_join_free(cl_engine *engine);
+
 /* stall.c: operations that some rank has not submitted */
 /* How often to look; 0: never. */
 double cl_stall_period_s(const cl_engine *engine);
@@ -397,6 +430,10 @@ void cl_outgoing_free_all(cl_peer *peer);
 void cl_queue_landed(cl_operation *operation);
 
 /* thread.c */
+/* Has something done by the owner, from any thread. CL_FORKED, CL_SHUTDOWN: it was not. */
+int cl_owned(cl_engine *engine, void (*act)(cl_engine *engine, void *argument), void *argument);
+/* Posts an operation that the caller goes on holding. */
+void cl_enqueue(cl_engine *engine, cl_operation *operation);
 void cl_runtime_completed(cl_operation *operation);
 /* Tells the owner, from any thread, that segments are ready: their gates, or tickets that come back. */
 void cl_operation_open(cl_operation *operation, uint32_t first, uint32_t end);

@@ -339,6 +339,7 @@ static void end_keyed(cl_engine *engine, int32_t rank, const cl_frame *frame, cl
 static void on_bye(cl_engine *engine, int32_t rank)
 {
     engine->peers[rank].left = engine->somebody_left = true;
+    cl_join_on_bye(engine, rank);
     for (cl_operation *operation = engine->first, *next; operation != NULL; operation = next) {
         next = operation->next;
         if (!cl_operation_awaits(operation, rank))
@@ -367,6 +368,14 @@ static void on_end(void *owner, cl_link *link, const cl_frame *frame)
         return;
     case CL_FRAME_CREDIT:
         peer->eager_used -= frame->arg < peer->eager_used ? frame->arg : peer->eager_used;
+        break;
+    case CL_FRAME_JOIN:
+        if (!cl_join_on_word(engine, link->peer, frame))
+            protocol_error(engine, link->peer);
+        break;
+    case CL_FRAME_ANNOUNCE:
+        if (kept != NULL && !cl_join_on_announcement(engine, link->peer, frame, kept->data))
+            protocol_error(engine, link->peer);
         break;
     case CL_FRAME_QUERY:
         cl_stall_on_query(engine, link->peer, frame);

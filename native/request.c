@@ -198,6 +198,23 @@ static cl_operation *allocate(const cl_request *r)
     return operation;
 }
 
+/*
+ * Something must travel, or ranks that share no link never hear of each other: of nothing, an element for each chunk does, in
+ * memory of our own. So no rank is done before all have submitted, and a disagreement reaches every rank.
+ */
+static void make_travel(cl_operation *operation)
+{
+    cl_request *own = &operation->request;
+    bool is_empty = own->count == 0 && (own->kind == CL_ALLREDUCE || own->kind == CL_REDUCESCATTER);
+    operation->travels_for_nothing = is_empty || own->kind == CL_BARRIER;
+    if (!operation->travels_for_nothing)
+        return;
+    own->input = own->output = NULL;
+    own->count = own->kind == CL_REDUCESCATTER ? (uint64_t)own->plan->nchunks : 1;
+    for (int32_t c = 0; own->kind == CL_REDUCESCATTER && own->parts != NULL && c <= own->plan->nchunks; c++)
+        ((uint64_t *)(uintptr_t)own->parts)[c] = (uint64_t)c;
+}
+
 static int copy_lists(cl_operation *operation, const cl_request *r)
 {
     cl_request *own = &operation->request;
@@ -205,8 +222,6 @@ static int copy_lists(cl_operation *operation, const cl_request *r)
     own->members = NULL;
     own->splits = NULL;
     own->listeners = NULL;
-    if (r->kind == CL_BARRIER)
-        own->count = 1; /* something must travel, or ranks that share no link never hear of each other */
     if (r->plan != NULL)
         cl_plan_hold(r->plan);
     operation->plan = r->plan;
@@ -218,6 +233,7 @@ static int copy_lists(cl_operation *operation, const cl_request *r)
         own->splits = copy_of(r->splits, (size_t)r->nsplits * sizeof(uint64_t));
     if (r->listeners != NULL)
         own->listeners = copy_of(r->listeners, (size_t)r->nlisteners * sizeof(int32_t));
+    make_travel(operation);
     bool failed = (r->parts != NULL && own->parts == NULL) || (r->members != NULL && own->members == NULL) ||
                   (r->nsplits > 0 && own->splits == NULL) || (r->listeners != NULL && own->listeners == NULL);
     return failed ? CL_NO_MEMORY : CL_OK;
@@ -286,6 +302,7 @@ int cl_operation_renew(cl_operation *operation, uint64_t key)
     if (!is_alone || operation->request.kind != CL_ALLREDUCE || operation->request.gated || operation->status != CL_OK)
         return CL_AGAIN;
     free(operation->stall);
+    free(operation->memory);
     memset(&operation->started, 0, sizeof *operation - offsetof(cl_operation, started));
     memset(operation->segments, 0, operation->nsegments * sizeof(cl_segment));
     memset(operation->posted, 0, npeers * sizeof(uint64_t));
@@ -432,6 +449,10 @@ static int lay_out_reducescatter(cl_operation *operation)
     operation->output = operation->memory;
     operation->result = operation->memory + operation->chunk_first[r->my_part] * cl_dtype_nbytes(r->dtype);
     operation->result_count = operation->chunk_end[r->my_part] - operation->chunk_first[r->my_part];
+    if (operation->travels_for_nothing) {
+        memset(operation->memory, 0, (size_t)r->count * cl_dtype_nbytes(r->dtype));
+        operation->result_count = 0;
+    }
     return CL_OK;
 }
 
@@ -454,24 +475,26 @@ static int lay_out_exchange(cl_operation *operation)
     return CL_OK;
 }
 
-static int lay_out_in_place(cl_operation *operation)
-{
-    operation->output = operation->request.output;
-    return CL_OK;
-}
-
-static int lay_out_barrier(cl_operation *operation)
+static int lay_out_nothing(cl_operation *operation)
 {
     operation->memory = calloc(1, cl_dtype_nbytes(operation->request.dtype));
     operation->output = operation->memory;
     return operation->memory == NULL ? CL_NO_MEMORY : CL_OK;
 }
 
+static int lay_out_in_place(cl_operation *operation)
+{
+    if (operation->travels_for_nothing)
+        return lay_out_nothing(operation);
+    operation->output = operation->request.output;
+    return CL_OK;
+}
+
 int cl_operation_layout(cl_operation *operation)
 {
     static int (*const layouts[CL_KIND_END])(cl_operation *) = {
         [CL_ALLREDUCE] = lay_out_in_place, [CL_BROADCAST] = lay_out_in_place,
-        [CL_BARRIER] = lay_out_barrier, [CL_ALLGATHER] = lay_out_allgather,
+        [CL_BARRIER] = lay_out_nothing, [CL_ALLGATHER] = lay_out_allgather,
         [CL_REDUCESCATTER] = lay_out_reducescatter, [CL_ALLTOALL] = lay_out_alltoall,
         [CL_EXCHANGE] = lay_out_exchange, [CL_TICKET] = lay_out_exchange,
     };

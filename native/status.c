@@ -11,6 +11,7 @@ static const char *const texts[CL_STATUS_END] = {
     [CL_PEER_LOST] = "a rank was lost",
     [CL_PEER_LEFT] = "a rank has shut down",
     [CL_SHUTDOWN] = "this communicator was shut down",
+    [CL_JOINED] = "a rank has joined",
     [CL_STALLED] = "a rank did not submit the operation in time",
     [CL_FORKED] = "this is a forked child, which has no part in its parent's communicator",
 };

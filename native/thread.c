@@ -303,6 +303,11 @@ static void enqueue(cl_engine *engine, cl_operation *operation, bool lazy)
         fail_submissions(engine);
 }
 
+void cl_enqueue(cl_engine *engine, cl_operation *operation)
+{
+    enqueue(engine, operation, false);
+}
+
 static int submit(cl_engine *engine, const cl_request *request, bool lazy, cl_operation **out)
 {
     cl_operation *operation;
@@ -496,18 +501,30 @@ void cl_engine_stats(cl_engine *engine, cl_stats *stats)
     disown(engine);
 }
 
-void cl_engine_fail(cl_engine *engine, const char *text)
+int cl_owned(cl_engine *engine, void (*act)(cl_engine *engine, void *argument), void *argument)
 {
     if (atomic_load_explicit(&engine->forked, memory_order_relaxed))
-        return;
+        return CL_FORKED;
     own(engine);
-    if (!atomic_load(&engine->ended)) {
-        cl_engine_lost(engine, engine->rank, text, true);
+    bool has_ended = atomic_load(&engine->ended);
+    if (!has_ended) {
+        act(engine, argument);
         cl_engine_flush(engine);
         if (engine->runtime != NULL)
             ring_own(engine->runtime); /* what did not leave yet is the thread's */
     }
     disown(engine);
+    return has_ended ? CL_SHUTDOWN : CL_OK;
+}
+
+static void fail(cl_engine *engine, void *text)
+{
+    cl_engine_lost(engine, engine->rank, text, true);
+}
+
+void cl_engine_fail(cl_engine *engine, const char *text)
+{
+    (void)cl_owned(engine, fail, (void *)(uintptr_t)text);
 }
 
 /* ---- the end ------------------------------------------------------------------------------------------------- */

@@ -14,14 +14,14 @@ CORE = ROOT / "commlib"
 LAYERS = [
     {"_native", "version"},
     {"errors", "buffer", "names", "reduction", "settings", "timeline", "plan", "cost", "verify", "fit", "schedule", "models",
-     "messages", "json_table", "cluster", "secret", "compressor"},
+     "messages", "json_table", "cluster", "secret", "compressor", "requests"},
     {"algorithms"},
     {"bootstrap", "rendezvous", "rendezvous_wire", "rendezvous_server", "rendezvous_room", "proof", "handshake", "connect",
      "interfaces", "dial", "mpi"},
     {"engine", "memory", "control", "selection"},
-    {"calibrate", "layout", "handle", "prepared", "results", "simulation", "stalls"},
+    {"calibrate", "layout", "handle", "prepared", "results", "simulation", "stalls", "joining"},
     {"collective", "simulated_training"},
-    {"tickets", "workload", "grouped"},
+    {"tickets", "workload", "grouped", "membership"},
     {"communicator"},
     {"mpi_mover", "direct"},
     {"session"},
@@ -30,7 +30,7 @@ LAYERS = [
     {"commands", "horovod", "process_sets", "built", "ops"},
     {"__main__"},
 ]
-TOUCH_NATIVE = {"engine", "memory", "simulation", "calibrate", "errors"}
+TOUCH_NATIVE = {"engine", "requests", "memory", "simulation", "calibrate", "errors"}
 READ_ENVIRONMENT = {"bootstrap"}
 HAND_ENVIRONMENT_ON = {"launch", "run"}
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "mpi4py"}

@@ -28,8 +28,8 @@ from commlib.torch.grouped import (
     grouped_allreduce_async_, grouped_reducescatter, grouped_reducescatter_async,
 )  # fmt: skip
 from commlib.torch.information import gloo_built
+from commlib.torch.joining import join
 from commlib.torch.launching import job_secret
-from commlib.torch.limits import join
 from commlib.torch.operations import (
     allgather_async, allreduce_async, allreduce_async_, alltoall_async, broadcast_async, broadcast_async_, poll,
     reducescatter_async, synchronize,

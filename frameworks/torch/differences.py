@@ -7,9 +7,11 @@ error. This file knows what was told; how it travels is somebody else's.
 import json
 
 
-def told_by_all(exchange, name, mine):
-    """Every rank's record, in rank order; exchange(payload, name=...) tells everybody's bytes to all."""
-    return [json.loads(payload) for payload in exchange(json.dumps(mine).encode(), name=name)]
+def told_by_all(communicator, name, mine):
+    """(every rank's record, whose they are) in rank order; a rank that has joined tells none."""
+    payloads = communicator.exchange(json.dumps(mine).encode(), name=name, without_joined=True)
+    told = [(json.loads(payload), rank) for payload, rank in zip(payloads, communicator.ranks) if payload]
+    return tuple(zip(*told))
 
 
 def check_alike(told, names, ranks):

@@ -13,6 +13,7 @@ from commlib.torch.arrival import Arrival, arrivals_of
 from commlib.torch.chosen_groups import members_of_chosen
 from commlib.torch.compressed import new_group
 from commlib.torch.compression import NoneCompressor
+from commlib.torch.costs import Costs
 from commlib.torch.differences import check_alike, told_by_all
 from commlib.torch.groups import (
     CAME_EARLY, CAME_LATE, LADDER, TOO_MANY_PASSES, ZEROED_IN_FLIGHT, Gradient, Phase, are_ordinary, can_share,
@@ -26,7 +27,7 @@ from commlib.torch.tensors import buffer_of, check_tensor, fingerprint, real_vie
 _IDLE, _FLYING, _REDUCED, _CLAIMED = Phase.IDLE, Phase.FLYING, Phase.REDUCED, Phase.CLAIMED
 
 
-class GradientExchange:
+class GradientExchange(Costs):
     """Sends gradients of tracked parameters as backward makes them.
 
     The first step sends every gradient by itself and measures in which order parameters are used. At its end, and at
@@ -53,30 +54,48 @@ class GradientExchange:
 
     def __init__(self, communicator, *, op, prescale_factor=1.0, postscale_factor=1.0, passes=1, sparse_as_dense=False,
                  presence=False, prefix="", ladder=LADDER, chosen=None, compression=NoneCompressor):  # fmt: skip
+        super().__init__()
         self.communicator = communicator
-        self.gradients, self.parameters, self.groups, self.asleep = [], [], [], []
+        self.gradients, self.parameters = [], []
         self.passes, self.prefix = passes, prefix
-        self.exposed_s = 0.0
-        self.steps = 0  # how many the optimizer has made
-        self.begun = False  # whether gradients have come whose reduction is still to be waited for
-        self.first_use = FirstUse()
-        self.regroup_due = False
         self.superseded_by = None  # a parameter's name, once a newer exchange tracks it
         self.paused = False  # while True, gradients only accumulate on this rank
         self.departing = None  # departing() is called when the first gradient of a step has come
         self._options = {"op": op, "prescale_factor": prescale_factor, "postscale_factor": postscale_factor,
                          "overlapped": True}  # fmt: skip
-        self.sparse = SparseSet(sparse_as_dense)
+        self._as_dense = sparse_as_dense
         self._keeps_none, self._ladder, self._chosen, self._compression = presence, ladder, chosen, compression
-        self._spans = []  # (started_s, done_s) of operations that were waited for
+        self._presence = None
+        self._disagreement = None  # the error that all ranks had
+        self.finish_updates = None  # finish_updates() makes updates that are still to come; None: there never are any
+        self._begin()
+
+    def _begin(self):
+        """What ranks find out about gradients together is to be found out, as in the first step of all."""
+        self.groups, self.asleep = [], []
+        self.steps = 0  # how many the optimizer has made
+        self.begun = False  # whether gradients have come whose reduction is still to be waited for
+        self.first_use = FirstUse()
+        self.regroup_due = False
+        self.sparse = SparseSet(self._as_dense)
         self._closed = False  # whether every parameter's gradient of this step has been sent
         self._wants = True  # whether this rank wants new groups
-        self._presence = None
         self._seen = None  # what reduced gradients were when some ranks looked at them before step()
         self._changed = False  # whether they were others at step()
-        self._disagreement = None  # the error that all ranks had
         self._woken = set()  # groups of parameters that began to require gradients after the last regrouping
         self._spoiled = []  # groups into whose gradients backward accumulated while they were being reduced
+
+    def begin_anew(self):
+        """All ranks have joined (commlib.join): what ranks know that had more work than others is forgotten."""
+        self._begin()
+        if self._presence is not None:
+            self._presence.handle = None
+        for gradient in self.gradients:
+            gradient.priority, gradient.group, gradient.uses = gradient.number, None, None
+            if gradient.parameter.requires_grad:
+                self._add_group([gradient])
+            else:
+                self.asleep.append(gradient)
 
     # ---- tracking
 
@@ -239,9 +258,9 @@ class GradientExchange:
 
     def _told(self, what, mine):
         """Every rank's record; all ranks call it after the same step, and are told the same error if the records differ."""
-        told = told_by_all(self.communicator.exchange, f"{self.prefix}{what} of {self.gradients[0].name}", mine)
+        told, ranks = told_by_all(self.communicator, f"{self.prefix}{what} of {self.gradients[0].name}", mine)
         try:
-            check_alike(told, [gradient.name for gradient in self.gradients], self.communicator.ranks)
+            check_alike(told, [gradient.name for gradient in self.gradients], ranks)
         except RuntimeError as error:
             self._disagreement = error
             raise
@@ -307,11 +326,7 @@ class GradientExchange:
             self.check_alike()  # raises: others do not know of this group and would be waited for in vain
         begin_s = time.monotonic()
         group.handle.wait()
-        waited_s = time.monotonic() - begin_s
-        group.exposed_s += waited_s
-        self.exposed_s += waited_s
-        _, started_s, done_s = group.handle.times
-        self._spans.append((started_s if started_s >= 0 else done_s, done_s))
+        self.note_wait(group, time.monotonic() - begin_s)
         (group.lend if lend else group.scatter)(self._is_wanted)
         group.handle = None
         if group.phase is _FLYING:
@@ -433,17 +448,3 @@ class GradientExchange:
             self._add_group(members)
         for group in self.groups:
             group.exposed_s = max(exposed_s.get(gradient, 0.0) for gradient in group.gradients)
-
-    # ---- what it cost
-
-    def take_spans(self):
-        """(started_s, done_s) of the operations that were waited for since the last call."""
-        spans, self._spans = self._spans, []
-        return spans
-
-    def forget_costs(self):
-        """Begins all measurements anew."""
-        self.take_spans()
-        self.exposed_s = 0.0
-        for group in self.groups:
-            group.exposed_s = 0.0

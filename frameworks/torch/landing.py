@@ -41,6 +41,7 @@ class Landing:
         self._optimizers = 0
         self._exchanges = weakref.WeakSet()
         communicator.on_close(self._before_close)
+        communicator.on_join(self._before_join, self._after_join)
 
     def number(self):
         """How many optimizers had been wrapped before this one."""
@@ -54,6 +55,16 @@ class Landing:
     def _before_close(self):
         if not _ending.by_exception:
             self.land()
+
+    def _before_join(self):
+        """The last step's updates are made: nothing of it may be left when all begin anew."""
+        for exchange in list(self._exchanges):
+            if exchange.finish_updates is not None:
+                exchange.finish_updates()
+
+    def _after_join(self):
+        for exchange in list(self._exchanges):
+            exchange.begin_anew()
 
     def land(self, limit_s=LANDING_S):
         """Waits until nothing of this rank's gradients is on its way, or it is hopeless."""

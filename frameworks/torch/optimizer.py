@@ -163,6 +163,7 @@ def wrap(optimizer, exchange, names, model=None, overlap_forward=True, share=Non
         if overlapping is not None:
             reason = "parameters {!r} and {!r} share memory".format(*overlapping)
         optimizer._commlib = Overlapping(optimizer, exchange, whole_step, model, reason)
+        exchange.finish_updates = optimizer._commlib.finish_updates
     optimizer._commlib.name_new = names.of
     optimizer._commlib.share = share
     namespace = {name: getattr(real_class, name) for name in ("__module__", "__qualname__", "__doc__")}

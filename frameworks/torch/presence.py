@@ -13,7 +13,8 @@ _STEPS = 1 << 12
 # Counts of two kinds in one number: how many ranks had a gradient, and above, on how many its parameter is frozen.
 _FROZEN = 1 << 15
 
-_WISHES, _LOOKERS, _STEPS_MADE = -3, -2, -1
+# How many ranks made the step (all but those that have joined), want new groups, ...
+_PRESENT, _WISHES, _LOOKERS, _STEPS_MADE = -4, -3, -2, -1
 
 
 class Presence:
@@ -48,22 +49,22 @@ class Presence:
         """
         self._landed()
         words = self._words
-        if words is None or len(words) != count + 3:
+        if words is None or len(words) != count + 4:
             words = self._make(count)
-        words[:_WISHES] = self._ones
+        words[:_PRESENT] = self._ones
         for number in absent:
             words[number] = 0
         for number in frozen:
             words[number] += _FROZEN
         self.steps, self.frozen = steps, frozen
-        words[_WISHES], words[_LOOKERS], words[_STEPS_MADE] = wants, looked, steps % _STEPS
+        words[_PRESENT], words[_WISHES], words[_LOOKERS], words[_STEPS_MADE] = 1, wants, looked, steps % _STEPS
         self.handle = self._communicator.allreduce_async_(
             self._buffer, name=self._name, op=commlib.Sum, overlapped=True
         )
 
     def _make(self, count):
-        self._counts = numpy.empty(count + 3, dtype=numpy.int32)
-        self._buffer = commlib.Buffer(self._counts.ctypes.data, (count + 3,), "int32", owner=self._counts, writable=True)
+        self._counts = numpy.empty(count + 4, dtype=numpy.int32)
+        self._buffer = commlib.Buffer(self._counts.ctypes.data, (count + 4,), "int32", owner=self._counts, writable=True)
         # Once in a step, NumPy's own loops over so few words cost ten times as much as a memoryview's: their code is cold.
         self._ones = memoryview(numpy.full(count, 1, dtype=numpy.int32))
         self._everywhere = memoryview(numpy.full(count, self._communicator.size, dtype=numpy.int32))
@@ -82,21 +83,21 @@ class Presence:
 
     def is_seen_by_some(self):
         """Whether reduced gradients were seen on some ranks and not on others before step() took them."""
-        return 0 < self._landed()[_LOOKERS] < self._communicator.size
+        return 0 < self._landed()[_LOOKERS] < self._landed()[_PRESENT]
 
     def differs(self):
         """Whether ranks had made different numbers of steps, had frozen different parameters or seen different gradients."""
         if self.handle is None:
             return False
-        same_steps = self._landed()[_STEPS_MADE] == self.steps % _STEPS * self._communicator.size
+        same_steps = self._landed()[_STEPS_MADE] == self.steps % _STEPS * self._landed()[_PRESENT]
         return not same_steps or self.frozen_differ() or self.is_seen_by_some()
 
     def frozen_differ(self):
         """Whether a parameter was frozen on some ranks and not on others."""
-        if self._landed()[:_WISHES] == self._everywhere:
+        if self._landed()[:_PRESENT] == self._everywhere:
             return False
-        on_how_many = self._counts[:_WISHES] // _FROZEN
-        return bool(((on_how_many > 0) & (on_how_many < self._communicator.size)).any())
+        on_how_many = self._counts[:_PRESENT] // _FROZEN
+        return bool(((on_how_many > 0) & (on_how_many < self._landed()[_PRESENT])).any())
 
     def _landed(self):
         if self.handle is not None:

@@ -87,7 +87,6 @@ def test_lazy_modules_have_to_be_called_first():
     (lambda: comm.grouped_reducescatter([torch.tensor(1)]), ValueError, "scalar"),
     (lambda: comm.sparse_allreduce_async(torch.ones(2), "x", comm.Sum), ValueError, "needs a sparse COO tensor"),
     (lambda: comm.sparse_allreduce_async(torch.ones(2).to_sparse(), "x", comm.Max), ValueError, "Average or Sum"),
-    (lambda: comm.join(), NotImplementedError, "not supported yet: give every rank equally many batches"),
     (lambda: comm.allreduce(torch.ones(1), process_set=1), ValueError, "process_set must be a ProcessSet"),
     (lambda: comm.allreduce(torch.ones(1, requires_grad=True), op=comm.Max), ValueError, "is not differentiable"),
     (lambda: comm.allreduce_(torch.ones(1, requires_grad=True) * 2), ValueError, "use allreduce, which"),
