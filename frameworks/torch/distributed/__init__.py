@@ -11,9 +11,11 @@ import torch.distributed as dist
 
 from commlib.torch.distributed.group import NAME, CommlibGroup
 from commlib.torch.distributed.hook import DDPState, ddp_hook
+from commlib.torch.distributed.rendezvous import SCHEME, meet
 from commlib.torch.distributed.root import create
 from commlib.torch.distributed.work import CollectiveTimeoutError, Work
 
 dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu"])
+dist.register_rendezvous_handler(SCHEME, meet)
 
 __all__ = ["CollectiveTimeoutError", "CommlibGroup", "DDPState", "Work", "ddp_hook"]
