@@ -1,7 +1,7 @@
 """Trains a small network on scikit-learn's handwritten digits with PyTorch's own DDP or FSDP2, whose bytes commlib moves.
 
-    torchrun --standalone --nproc-per-node 2 examples/torch_distributed.py             DistributedDataParallel
-    torchrun --standalone --nproc-per-node 2 examples/torch_distributed.py --fsdp      fully_shard: each rank keeps half of the weights
+    torchrun --standalone --nproc-per-node 2 examples/torch_distributed.py      DistributedDataParallel
+    torchrun --standalone --nproc-per-node 2 examples/torch_distributed.py --fsdp      FSDP2: each rank keeps half of it
     torchrun --standalone --nproc-per-node 2 examples/torch_distributed.py --backend gloo      the same by gloo, to compare
     commrun -np 2 python examples/torch_distributed.py                    without torchrun; also under mpirun and srun
 
@@ -56,7 +56,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="commlib")
     parser.add_argument("--fsdp", action="store_true", help="shard weights, gradients and optimizer state")
-    parser.add_argument("--compression", choices=("none", "fp16", "bf16"), default="none", help="what DDP's gradients travel as")
+    parser.add_argument("--compression", choices=("none", "fp16", "bf16"), default="none", help="what gradients travel as")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=32, help="images per step and rank")
     parser.add_argument("--learning-rate", type=float, default=1e-3)

@@ -23,3 +23,12 @@ def test_ddp_says_who_was_lost(tmp_path):
     with start(2, initialize=False) as ranks:
         text, died = ranks.outcomes("parallel_cases:losing", str(tmp_path / "store"))
         assert "rank 1 was lost: its process died" in text and isinstance(died, Died)
+
+
+def test_the_examples_of_the_pages():
+    import doctest
+    import importlib
+
+    module = importlib.import_module("commlib.torch.distributed.hook")
+    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.attempted and not result.failed
