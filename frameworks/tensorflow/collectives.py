@@ -92,7 +92,7 @@ def _reduced(tensors, names, op, compression, scales, process_set, priorities, w
                for place, tensor in enumerate(tensors)]  # fmt: skip
     pairs = [compression.compress(as_tensor(tensors[place], what)) for place in dense]
     wish = {"op": op, "scales": tuple(map(float, scales)), "overlapped": overlapped}
-    _check_reduction(op, [wire for wire, _ in pairs])
+    check_reduction(op, [wire for wire, _ in pairs])
     if len(dense) == 1:
         made = [make("allreduce", pairs[0][0], names[dense[0]], process_set, priority=priorities[dense[0]], **wish)]
     else:
@@ -103,7 +103,8 @@ def _reduced(tensors, names, op, compression, scales, process_set, priorities, w
     return results
 
 
-def _check_reduction(op, tensors):
+def check_reduction(op, tensors):
+    """Refuses what has no meaning, or is no reduction."""
     if op is commlib.Average and any(tensor.dtype == tf.bool for tensor in tensors):
         raise ValueError("the average of bool has no meaning: use op=commlib.Max (or) or commlib.Min (and)")
     if type(op) is not commlib.ReduceOp:
@@ -180,7 +181,7 @@ def reducescatter(tensor, device_dense="", compression=Compression.none, op=comm
     """Reduces over all ranks and gives each its share of the rows; low ranks get those that remain. Differentiable."""
     op, compression = check_op(op), checked_compression(compression)
     tensor, ctx = compression.compress(_rows(tensor, "reducescatter"))
-    _check_reduction(op, [tensor])
+    check_reduction(op, [tensor])
     result = make("reducescatter", tensor, name, process_set, op=op, scales=(float(prescale_factor), float(postscale_factor)))
     return compression.decompress(_with_rows(result, tensor), ctx)
 
@@ -192,7 +193,7 @@ def grouped_reducescatter(tensors, device_dense="", compression=Compression.none
     op, compression = check_op(op), checked_compression(compression)
     pairs = [compression.compress(_rows(tensor, "grouped_reducescatter")) for tensor in tensors]
     tensors = [tensor for tensor, _ in pairs]
-    _check_reduction(op, tensors)
+    check_reduction(op, tensors)
     names = _names("grouped_reducescatter" if name is None else name, tensors)
     results = make_all("reducescatter", tensors, names, process_set, op=op,
                        scales=(float(prescale_factor), float(postscale_factor)))  # fmt: skip

@@ -37,6 +37,7 @@ class Reduction:
         self.predivide_factor = gradient_predivide_factor
         self.process_set = process_set
         self.scale_local_gradients = scale_local_gradients
+        self.set_number = process_set.process_set_id if process_set else 0
         self._local = {}  # id -> variable, which is kept alive and so keeps its id
 
     def add_local(self, source):
@@ -71,13 +72,17 @@ class Reduction:
                                     priorities=[priorities[place] for place in sent])  # fmt: skip
         for place, gradient in zip(sent, reduced):
             gradients[place] = gradient
-        if self.scale_local_gradients and self._local:
-            gradients = [self._scaled(gradient) if gradient is not None and self.is_local(source) else gradient
-                         for gradient, source in zip(gradients, sources)]  # fmt: skip
-        return gradients
+        return self.scale_local(gradients, sources)
+
+    def scale_local(self, gradients, sources):
+        """The gradients as a list, those of local variables divided by the number of ranks if that was asked for."""
+        if not self.scale_local_gradients or not self._local:
+            return list(gradients)
+        return [self._scaled(gradient) if gradient is not None and self.is_local(source) else gradient
+                for gradient, source in zip(gradients, sources)]  # fmt: skip
 
     def _scaled(self, gradient):
-        size = number("size", self.process_set.process_set_id if self.process_set else 0)
+        size = number("size", self.set_number)
         if isinstance(gradient, tf.IndexedSlices):
             return tf.IndexedSlices(gradient.values / tf.cast(size, gradient.values.dtype), gradient.indices, gradient.dense_shape)
         return gradient / tf.cast(size, gradient.dtype)
@@ -153,13 +158,12 @@ def PartialDistributedGradientTape(gradtape, device_dense="", device_sparse="", 
     """
     tape = DistributedGradientTape(gradtape, device_dense, device_sparse, compression, sparse_as_dense, op,
                                    gradient_predivide_factor, num_groups, groups, process_set, scale_local_gradients)  # fmt: skip
-    for layer in _listed(local_layers):
-        for variable in layer.trainable_weights:
-            tape.register_local_source(variable)
+    for variable in weights_of(local_layers):
+        tape.register_local_source(variable)
     return tape
 
 
-def _listed(layers):
-    if layers is None:
-        return []
-    return list(layers) if isinstance(layers, (list, tuple)) else [layers]
+def weights_of(layers):
+    """All trainable weights of a Keras layer, of several, or of None."""
+    layers = [] if layers is None else layers if isinstance(layers, (list, tuple)) else [layers]
+    return [variable for layer in layers for variable in layer.trainable_weights]
