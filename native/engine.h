@@ -269,7 +269,10 @@ struct cl_engine {
     uint32_t ndone;
     cl_operation *first;
     uint64_t sequence;
-    atomic_uint unfinished; /* submitted and not done */
+    /* Submitted and not done: one more before the operation is in the inbox, one less before its `done` is set. Read without
+     * order, as a hint whether to sleep idle: a 0 that is too old does no harm, as whoever arms looks into the inbox last, and
+     * whoever submits rings after that; one that is too high costs a wake-up. */
+    atomic_uint unfinished;
     cl_peer *peers;
     int32_t *dirty, ndirty;
     int health, blamed;

@@ -1,24 +1,12 @@
 """Stepping over some parameters only: how a user's optimizer is made to update one group of gradients and no others.
 
-The optimizer is the user's own, of whatever class: for the time of one call its `param_groups` name these parameters and
-no others, with hyper-parameters as they were at step(). Whether that equals a whole step is for probe.py to find out.
+The step is the user's own, of whatever class: for the time of one call `param_groups` name these parameters and no others,
+with hyper-parameters as they were at step(). Whether that equals a whole step is for probe.py to find out.
 """
 
 import copy
-from contextlib import contextmanager
 
 import torch
-
-
-@contextmanager
-def as_users_own(optimizer, real_class):
-    """Within it the optimizer is of the user's class again: its step finds no methods of commlib, and no detours."""
-    wrapped_class = optimizer.__class__
-    optimizer.__class__ = real_class
-    try:
-        yield
-    finally:
-        optimizer.__class__ = wrapped_class
 
 
 def snapshot(param_groups):
@@ -47,15 +35,29 @@ def groups_of(parameters, index_of, snapshots):
     return [{**snapshots[index], "params": members[index]} for index in sorted(members)]
 
 
-def step_groups(optimizer, real_step, groups):
-    """One real step of `optimizer` over `groups` instead of its own; modes of the caller do not reach it."""
-    own_groups = optimizer.param_groups
-    optimizer.param_groups = groups
+def step_groups(optimizer, real_class, groups):
+    """One real step over `groups` instead of the optimizer's own; modes of the caller do not reach it.
+
+    The step is that of a stand-in, of the user's class, with the optimizer's attributes: so its code finds no methods of
+    commlib, and no other thread ever sees the optimizer itself with other groups, or as one that is not distributed.
+    """
+    stand_in = object.__new__(real_class)
+    attributes = vars(stand_in)
+    attributes.update(vars(optimizer))
+    attributes["param_groups"] = groups
+    before = dict(attributes)
     try:
         if torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu"):
             with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
-                real_step(optimizer)
+                real_class.step(stand_in)
         else:
-            real_step(optimizer)
+            real_class.step(stand_in)
     finally:
-        optimizer.param_groups = own_groups
+        for name, value in attributes.items():
+            if before.get(name, attributes) is not value and name != "param_groups":
+                vars(optimizer)[name] = value
+
+
+def has_own_groups(optimizer, real_class):
+    """Whether param_groups are an attribute, as of every class of torch, and not something else in disguise."""
+    return "param_groups" in vars(optimizer) and not hasattr(real_class, "param_groups")

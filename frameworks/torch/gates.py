@@ -8,6 +8,7 @@ modules; what opening means it is told by functions, so it knows neither gradien
 A deep copy or a pickle of a gated module is an ordinary module without gates.
 """
 
+import threading
 import types
 import warnings
 from contextlib import ExitStack, nullcontext
@@ -45,13 +46,18 @@ class Gates:
         self.pending = {}
         self.read = set()
         self.listing = listing
-        self.is_listing = False
+        self.listing_in = None  # the thread that lists parameters for another reason than their values
         self.replaced = []  # members that somebody has taken out of a module's dict
         self._model = None
         self._others = set()  # what the model had beside the members when gates were installed
         self._removals = []
         self._regions = set()  # compiled modules with a gate at their entry
         self._dicts = []  # the gated modules' dicts of parameters
+
+    @property
+    def is_listing(self):
+        """Whether this thread lists parameters for another reason than their values."""
+        return self.listing_in == threading.get_ident()
 
     # ---- what the owner of the groups calls
 
@@ -178,12 +184,15 @@ class Gates:
 
 
 class GatedParameters(dict):
-    """A module's dict of parameters, of which nothing is pending. Its copies are plain dicts."""
+    """A module's dict of parameters, of which nothing is pending. Its copies are plain dicts.
+
+    It changes its class, also while another thread is in one of its methods: so none says super().
+    """
 
     __slots__ = ("gates",)
 
     def __init__(self, parameters, gates):
-        super().__init__(parameters)
+        dict.__init__(self, parameters)
         self.gates = gates
 
     def get(self, name, default=None):
@@ -191,28 +200,28 @@ class GatedParameters(dict):
 
     def __setitem__(self, name, parameter):
         self._leaves(name, parameter)
-        super().__setitem__(name, parameter)
+        dict.__setitem__(self, name, parameter)
 
     def __delitem__(self, name):
         self._leaves(name)
-        super().__delitem__(name)
+        dict.__delitem__(self, name)
 
     def pop(self, name, *default):
         self._leaves(name)
-        return super().pop(name, *default)
+        return dict.pop(self, name, *default)
 
     def _leaves(self, name, for_parameter=None):
-        parameter = super().get(name)
+        parameter = dict.get(self, name)
         if parameter is not None and parameter is not for_parameter and parameter in self.gates.member_of:
             self.gates.replaced.append(parameter)
 
     def items(self):
-        self.gates.before_read_all(super().values())
-        return super().items()
+        self.gates.before_read_all(dict.values(self))
+        return dict.items(self)
 
     def values(self):
-        self.gates.before_read_all(super().values())
-        return super().values()
+        self.gates.before_read_all(dict.values(self))
+        return dict.values(self)
 
     def copy(self):
         return dict(self.items())
@@ -227,7 +236,7 @@ class WatchingParameters(GatedParameters):
     __slots__ = ()
 
     def __getitem__(self, name):
-        parameter = super().__getitem__(name)
+        parameter = dict.__getitem__(self, name)
         self.gates.before_read(parameter)
         return parameter
 
@@ -283,8 +292,8 @@ def zero_grad(model, set_to_none=True):
     gated = [m._parameters for m in nn.Module.modules(model) if isinstance(m._parameters, GatedParameters)]
     with ExitStack() as stack:
         for gates in {id(parameters.gates): parameters.gates for parameters in gated}.values():
-            gates.is_listing = True
-            stack.callback(setattr, gates, "is_listing", False)
+            gates.listing_in = threading.get_ident()
+            stack.callback(setattr, gates, "listing_in", None)
             stack.enter_context(gates.listing())
         type(model).zero_grad(model, set_to_none)
 

@@ -8,6 +8,7 @@ the result) or CLAIMED (step() has taken it out of p.grad; its update is still t
 """
 
 import time
+from operator import attrgetter
 
 from commlib.torch.arrival import Arrival, arrivals_of
 from commlib.torch.chosen_groups import members_of_chosen
@@ -24,6 +25,7 @@ from commlib.torch.presence import Presence
 from commlib.torch.sparse import SparseGroup, SparseSet
 from commlib.torch.tensors import buffer_of, check_tensor, fingerprint, real_view
 
+_IS_TRAINED = attrgetter("requires_grad")
 _IDLE, _FLYING, _REDUCED, _CLAIMED = Phase.IDLE, Phase.FLYING, Phase.REDUCED, Phase.CLAIMED
 
 
@@ -118,7 +120,7 @@ class GradientExchange(Costs):
 
     @property
     def _frozen(self):
-        return [gradient.number for gradient in self.gradients if not gradient.parameter.requires_grad]
+        return [number for number, is_trained in enumerate(map(_IS_TRAINED, self.parameters)) if not is_trained]
 
     def _wake(self, gradient):
         """A parameter requires gradients: until the next regrouping they travel by themselves."""
@@ -229,9 +231,8 @@ class GradientExchange(Costs):
         self.first_use.watch()
         self._wants |= self.first_use.end_step()
         self.regroup_due = self.regroup_due or not self.first_use.cohorts or self._presence.wanted()
-        frozen = [gradient.number for gradient in (*self.asleep, *absent) if not gradient.parameter.requires_grad]
         self._presence.send(
-            len(self.gradients), [gradient.number for gradient in absent], frozen,
+            len(self.gradients), [gradient.number for gradient in absent], self._frozen,
             wants=self._wants and not self.regroup_due, looked=looked, steps=self.steps,
         )  # fmt: skip
         for group in idle:

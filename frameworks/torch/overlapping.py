@@ -7,6 +7,7 @@ of a whole step (probe.py), step() waits instead and says so.
 """
 
 import logging
+import threading
 import time
 from contextlib import contextmanager
 
@@ -14,13 +15,14 @@ import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from commlib.torch.arrival import is_tracked
-from commlib.torch.bundles import as_users_own, group_indices, groups_of, snapshot, step_groups
+from commlib.torch.bundles import group_indices, groups_of, snapshot, step_groups
 from commlib.torch.gates import Gates
 from commlib.torch.groups import Phase
 from commlib.torch.guards import Guards
 from commlib.torch.options import Options
 from commlib.torch.probe import reason_to_wait
 from commlib.torch.regions import scripted_parameters
+from commlib.torch.turns import Turn
 from commlib.torch.waiting import Waiting
 
 _log = logging.getLogger("commlib.torch")
@@ -41,6 +43,8 @@ class Overlapping(Waiting):
         self._probed = False
         self._waits = False  # whether every step() is waited for
         self._updating = False
+        self._turn = Turn()  # held by whoever makes updates, or takes gradients for some that are to come
+        self._backward_in = None  # the thread in whose backward pass gradients are leaving; None: it is over
         self._all_guarded = False  # whether guards are on every parameter
         self._snapshots = None  # hyper-parameters at the last step()
         self._index_of = {}
@@ -84,6 +88,12 @@ class Overlapping(Waiting):
 
     def step(self, closure=None):
         """Claims all gradients and returns; or, with a reason to wait, makes the whole step."""
+        if closure is not None:
+            return self._step(closure)
+        with self._turn:
+            return self._step(None)
+
+    def _step(self, closure):
         self.exchange.check_complete(self.optimizer.param_groups)
         if self.gates.replaced:
             self._check_replaced()
@@ -141,13 +151,14 @@ class Overlapping(Waiting):
 
     def _put_off(self):
         try:
-            with torch._C.DisableTorchFunctionSubclass():  # cheaper than to take the guards off and put them on again
+            # Cheaper than to take the guards off and put them on again.
+            with torch._C.DisableTorchFunctionSubclass():
                 self.exchange.claim()
+                self._snapshots = snapshot(self.optimizer.param_groups)
+                self.gates.shut(self.exchange.groups)
         except BaseException:
             self._release()
             raise
-        self._snapshots = snapshot(self.optimizer.param_groups)
-        self.gates.shut(self.exchange.groups)
         self._guard()
         if self._ungated:
             for group in self.exchange.groups:
@@ -187,16 +198,23 @@ class Overlapping(Waiting):
             self._probed = False
 
     def _reduce_now(self):
-        self._release()
-        self.exchange.synchronize()
+        with self._turn:
+            self._release()
+            self.exchange.synchronize()
 
     # ---- what is pending
 
     def open(self, group):
         """Waits for a pending group and updates its parameters, and those of all that have come by then.
 
-        Updates that are ready have to be made anyway; made together they cost one call of the optimizer.
+        Updates that are ready have to be made anyway; made together they cost one call of the optimizer. Whatever thread
+        needs them first makes them; another one waits for him.
         """
+        with self._turn:
+            if group in self.gates.pending and not self._updating:  # or a thread before us has opened it
+                self._open(group)
+
+    def _open(self, group):
         begin_s = time.monotonic()
         self._wait(group)
         opened = [group]
@@ -207,9 +225,11 @@ class Overlapping(Waiting):
                 self._wait(other)
                 opened.append(other)
         waited_s = time.monotonic()
-        for one in opened:
-            self.gates.opened(one)
-        self._update(opened)
+        try:
+            self._update(opened)
+        finally:
+            for one in opened:
+                self.gates.opened(one)
         for one in opened:
             one.take_back()
             one.rest(self.exchange.passes)
@@ -227,9 +247,7 @@ class Overlapping(Waiting):
                 parameter.grad = tensor
         self._updating = True
         try:
-            with as_users_own(self.optimizer, self.real_class):
-                groups = groups_of(parameters, self._index_of, self._snapshots)
-                step_groups(self.optimizer, self.real_class.step, groups)
+            step_groups(self.optimizer, self.real_class, groups_of(parameters, self._index_of, self._snapshots))
         finally:
             self._updating = False
             for parameter in parameters:
@@ -237,9 +255,10 @@ class Overlapping(Waiting):
 
     def finish_updates(self):
         """Makes all updates that are still to come, in the order in which forward would have needed them."""
-        if not self._updating:
-            while self.gates.pending:
-                self.open(next(iter(self.gates.pending)))
+        if self.gates.pending:
+            with self._turn:
+                while self.gates.pending and not self._updating:
+                    self.open(next(iter(self.gates.pending)))
 
     def synchronize(self):
         """Makes all updates still to come, and waits for all gradients that are on their way."""
@@ -259,10 +278,12 @@ class Overlapping(Waiting):
 
     def _settle(self):
         """Gradients are about to be seen: those on their way are waited for."""
-        if self.exchange.begun and not in_backward():
-            self._release()
-            self.finish_updates()  # of groups that this forward has not needed
-            self.exchange.synchronize(looked=True)
+        if self.exchange.begun and not in_backward() and self._may_settle():
+            with self._turn:
+                if self.exchange.begun:  # or another thread, perhaps step(), has waited for them
+                    self._release()
+                    self.finish_updates()  # of groups that this forward has not needed
+                    self.exchange.synchronize(looked=True)
 
     def _before_gradient(self, parameter):
         """Somebody reads p.grad."""
@@ -278,7 +299,19 @@ class Overlapping(Waiting):
     def _guard_after_backward(self):
         """The first gradient of a step leaves: once backward is over, whoever reads one waits for all."""
         if in_backward():
-            torch.autograd.Variable._execution_engine.queue_callback(self._guard)
+            self._backward_in = threading.get_ident()
+            torch.autograd.Variable._execution_engine.queue_callback(self._backward_over)
+
+    def _backward_over(self):
+        self._backward_in = None
+        self._guard()
+
+    def _may_settle(self):
+        """Whether all gradients that are still to come can be taken for absent: not while another thread makes them.
+
+        After an exception in backward the thread in which it ran is the one that knows.
+        """
+        return self._backward_in in (None, threading.get_ident())
 
     @contextmanager
     def _unguarded(self):

@@ -11,7 +11,7 @@ from collections import OrderedDict
 
 import torch
 
-from commlib.torch.bundles import group_indices, groups_of, snapshot, step_groups
+from commlib.torch.bundles import group_indices, groups_of, has_own_groups, snapshot, step_groups
 
 # Gradients large and small, so that what clips or damps by a norm over all parameters shows itself.
 _SCALES = (1.0, 1e-3)
@@ -28,6 +28,8 @@ def reason_to_wait(optimizer, real_class, bundles, sparse=frozenset()):
         bundles: lists of parameters that are to be stepped together; all the parameters that get gradients.
         sparse: those of them whose gradients are sparse.
     """
+    if not has_own_groups(optimizer, real_class):
+        return "its param_groups are not its own"
     random_state = torch.get_rng_state()
     try:
         whole, whole_of = _twin(optimizer, real_class)
@@ -80,7 +82,7 @@ def _step_parts(twin, bundles, sparse, number, scale):
     # Last to first, as no order may matter.
     for index, bundle in reversed(list(enumerate(bundles))):
         _give_gradients(bundle, sparse, _SEED + 1000 * number + index, scale)
-        step_groups(twin, type(twin).step, groups_of(bundle, index_of, snapshots))
+        step_groups(twin, type(twin), groups_of(bundle, index_of, snapshots))
         for parameter in bundle:
             parameter.grad = None
 

@@ -1,0 +1,17 @@
+"""Every script: the same bits on all ranks and in the forms that overlap and wait, and what one process learns."""
+
+import pytest
+from hard_check import check
+from hard_scripts import CASES
+
+# float32 and bfloat16: sums over rows in another order.
+NOT_AS_ALONE = {"long_run"}
+WAITED_FOR = {"halves": "step(closure)"}
+SLOW = {"traced"}  # torch.export takes seconds, and knows nothing of optimizers
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [2, 3])
+def test_script(torch_ranks, size, case):
+    check(torch_ranks(size), "hard_scripts", case, as_alone=case not in NOT_AS_ALONE, waited_for=WAITED_FOR.get(case),
+          optimizers=("adamw",) if case in SLOW else None)  # fmt: skip
