@@ -10,6 +10,7 @@ the result) or CLAIMED (step() has taken it out of p.grad; its update is still t
 import time
 from operator import attrgetter
 
+import commlib
 from commlib.torch.arrival import Arrival, arrivals_of
 from commlib.torch.chosen_groups import members_of_chosen
 from commlib.torch.compressed import new_group
@@ -17,7 +18,7 @@ from commlib.torch.compression import NoneCompressor
 from commlib.torch.costs import Costs
 from commlib.torch.differences import check_alike, told_by_all
 from commlib.torch.groups import (
-    CAME_EARLY, CAME_LATE, LADDER, TOO_MANY_PASSES, ZEROED_IN_FLIGHT, Gradient, Phase, are_ordinary, can_share,
+    AFTER_SHUTDOWN, CAME_EARLY, CAME_LATE, LADDER, TOO_MANY_PASSES, ZEROED_IN_FLIGHT, Gradient, Phase, are_ordinary, can_share,
     members_of_groups, versions_of,
 )  # fmt: skip
 from commlib.torch.order import FirstUse
@@ -61,6 +62,7 @@ class GradientExchange(Costs):
         self.gradients, self.parameters = [], []
         self.passes, self.prefix = passes, prefix
         self.superseded_by = None  # a parameter's name, once a newer exchange tracks it
+        self.ended = False  # whether the communicator was closed
         self.paused = False  # while True, gradients only accumulate on this rank
         self.departing = None  # departing() is called when the first gradient of a step has come
         self._options = {"op": op, "prescale_factor": prescale_factor, "postscale_factor": postscale_factor,
@@ -140,18 +142,9 @@ class GradientExchange(Costs):
         group.rest(self.passes)
         self.groups.append(group)
 
-    def check_complete(self, param_groups):
-        """Refuses to step if the optimizer has got or lost parameters behind our back.
-
-        Raises:
-            RuntimeError: it has another number of parameters than are tracked.
-        """
-        count = sum(len(group["params"]) for group in param_groups)
-        if self.gradients and count != len(self.gradients):
-            raise RuntimeError(
-                f"the optimizer has {count} parameters, but {len(self.gradients)} are known to DistributedOptimizer: "
-                "add parameters with optimizer.add_param_group(...), on every rank"
-            )
+    def _check_not_ended(self):
+        if self.ended:
+            raise commlib.ShutdownError(AFTER_SHUTDOWN)
 
     def set_passes(self, passes):
         """How many backward passes accumulate locally before a gradient is sent, from now on."""
@@ -190,6 +183,7 @@ class GradientExchange(Costs):
 
     def begin(self):
         """A gradient of this step is complete on this rank: from now on who looks at gradients has to wait for all."""
+        self._check_not_ended()
         self.begun = True
         if self.departing is not None:
             self.departing()
@@ -214,6 +208,7 @@ class GradientExchange(Costs):
         """
         if self._closed or not self.gradients:
             return
+        self._check_not_ended()
         if self.superseded_by is not None:
             raise RuntimeError(
                 f"this optimizer is no longer in charge: parameter {self.superseded_by!r} was given to a newer "
@@ -276,10 +271,13 @@ class GradientExchange(Costs):
         """Submits a group, complete or not."""
         group.tensors = tensors = [parameter.grad for parameter in group.parameters]
         if not are_ordinary(tensors, group.dtype):
+            group.is_plain = False
             for index, gradient in enumerate(group.gradients):
                 if index not in group.absent:
                     tensors[index] = self._checked(gradient)
-        if len(tensors) > 1 and (group.absent or tensors[0].dtype is not group.dtype) and not group.fits():
+        else:
+            group.is_plain = group.lie_plainly(tensors)
+        if not group.is_plain and len(tensors) > 1 and not group.fits():
             self._send_apart(group)
             return
         group.handle = group.submit(self.communicator)  # here nothing but the list holds a gradient: storage.py counts

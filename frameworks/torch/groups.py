@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 import commlib
-from commlib.torch.storage import COPIED, PRIVATE, SMALL_NBYTES, Place, shared_tensor
+from commlib.torch.storage import COPIED, PRIVATE, SMALL_NBYTES, Place, can_count, count_owners, shared_tensor
 from commlib.torch.tensors import buffer_of
 
 # A loop in C over the tensors of a group costs a fifth of one in Python.
@@ -50,6 +50,11 @@ CAME_EARLY = (
 CAME_LATE = (
     "the gradient of {!r} came while it was being reduced and is lost: call optimizer.synchronize() and "
     "optimizer.zero_grad(), and begin the step again"
+)
+
+AFTER_SHUTDOWN = (
+    "shutdown() has ended the communicator that this optimizer was wrapped for: after init(), wrap it again with "
+    "DistributedOptimizer(optimizer, ...); to train alone, make a new optimizer and give it this one's state_dict()"
 )
 
 
@@ -127,11 +132,12 @@ class Group:
         exposed_s: how long the main thread has waited for it, in all steps.
         options: keyword arguments of the operation.
         path: where its bytes were reduced last: a word of storage.py.
+        is_plain: whether its tensors were copied into the buffer as bytes.
     """
 
     __slots__ = ("gradients", "parameters", "name", "priority", "phase", "missing", "absent", "tensors", "versions", "dtype",
                  "nbytes", "wire_nbytes", "wire_dtype", "exposed_s", "handle", "options", "path", "_wire", "_views", "_buffer",
-                 "_owners", "_pieces", "_piece_nbytes")  # fmt: skip
+                 "_owners", "_pieces", "_piece_nbytes", "is_plain")  # fmt: skip
 
     def __init__(self, gradients, prefix, options):
         first = gradients[0]
@@ -141,7 +147,8 @@ class Group:
         self.priority = min(gradient.priority for gradient in gradients)
         self.options = {"name": prefix + self.name, "priority": self.priority, **options}
         self.dtype = first.parameter.dtype
-        self.nbytes = sum(parameter.numel() for parameter in self.parameters) * first.parameter.element_size()
+        self._piece_nbytes = [parameter.numel() * parameter.element_size() for parameter in self.parameters]
+        self.nbytes = sum(self._piece_nbytes)
         self.wire_nbytes, self.wire_dtype = self.nbytes, self.dtype
         self.exposed_s = 0.0
         self.path = PRIVATE
@@ -189,12 +196,17 @@ class Group:
                 raise AssertionError(f"{ZEROED_IN_FLIGHT} (parameter {name!r})")
             raise RuntimeError(CHANGED_IN_FLIGHT.format(name))
 
+    def lie_plainly(self, tensors):
+        """Whether the bytes of all, which are ordinary, are those of the members: to copy bytes costs a third."""
+        return (len(tensors) > 1 and not self.dtype.is_complex and all(map(_IS_CONTIGUOUS, tensors))
+                and not any(map(_IS_NEGATED, tensors)) and list(map(_NBYTES_OF, tensors)) == self._piece_nbytes)  # fmt: skip
+
     def fits(self):
         """Whether the parameters are still of the dtype and size that the group was made for."""
         dtype = self.dtype
-        return all(parameter.dtype is dtype for parameter in self.parameters) and self.nbytes == sum(
-            parameter.numel() for parameter in self.parameters
-        ) * (self.parameters[0].element_size())
+        return all(parameter.dtype is dtype for parameter in self.parameters) and self._piece_nbytes == [
+            parameter.numel() * parameter.element_size() for parameter in self.parameters
+        ]
 
     def submit(self, communicator):
         """Sends the group's bytes. Returns the operation's handle."""
@@ -218,7 +230,7 @@ class Group:
         if self._views is None:
             self._make_buffer(communicator)
         if not self.absent:
-            if self._lie_plainly(self.tensors):
+            if self.is_plain:
                 self._pieces.gather(map(_ADDRESS_OF, self.tensors))
             else:
                 torch._foreach_copy_(self._views, self.tensors)
@@ -238,15 +250,9 @@ class Group:
         parts = self._wire.split(counts)
         self._views = [part.view(parameter.shape) for part, parameter in zip(parts, self.parameters)]
         self._buffer = buffer_of(self._wire)
-        self._piece_nbytes = [view.nbytes for view in self._views]
         self._pieces = commlib.Pieces(self._buffer.address, self._piece_nbytes)
         del parts
-        self._owners = self._count_owners()
-
-    def _lie_plainly(self, tensors):
-        """Whether the bytes of all are those of the views: a copy of bytes costs a third of one of tensors."""
-        return (not self.dtype.is_complex and all(map(_IS_CONTIGUOUS, tensors)) and not any(map(_IS_NEGATED, tensors))
-                and list(map(_NBYTES_OF, tensors)) == self._piece_nbytes)  # fmt: skip
+        self._owners = self._count_owners() if can_count() else None
 
     def scatter(self, is_wanted):
         """Copies the result back: `tensors` become it, and None where is_wanted(gradient) is false for an absent one."""
@@ -256,20 +262,23 @@ class Group:
             if tensor is not None and tensor.data_ptr() != wire.data_ptr():
                 tensor.copy_(wire)
             return
-        if not self.absent and self._lie_plainly(self.tensors):
+        if self.is_plain and self.lie_plainly(self.tensors):
             self._pieces.scatter(map(_ADDRESS_OF, self.tensors))
             torch.autograd.graph.increment_version(self.tensors)
             return
         for index in self.absent:
             if self.tensors[index] is not None:
                 self.tensors[index] = torch.empty_like(self.parameters[index], requires_grad=False)
-        wanted = [index for index, tensor in enumerate(self.tensors) if tensor is not None]
-        if wanted:
-            torch._foreach_copy_([self.tensors[index] for index in wanted], [self._views[index] for index in wanted])
+        for tensor, view in zip(self.tensors, self._views):
+            if tensor is not None:
+                tensor.copy_(view)  # not foreach, which knows no negated tensors
 
     def lend(self, is_wanted):
-        """As `scatter`, but `tensors` become views of the buffer, which the group uses again after `take_back`."""
-        if len(self.gradients) == 1:
+        """As `scatter`, but `tensors` become views of the buffer, which the group uses again after `take_back`.
+
+        Where nobody can tell whether they were given back, they are not lent.
+        """
+        if len(self.gradients) == 1 or not can_count():
             self.scatter(is_wanted)
             return
         self.tensors = list(self._views)
@@ -278,12 +287,12 @@ class Group:
     def take_back(self):
         """Whoever was lent the views is done with them. If he keeps one, he keeps the buffer, and the group gets another."""
         self.tensors = None
-        if self._views is not None and self._count_owners() != self._owners:
+        if self._views is not None and can_count() and self._count_owners() != self._owners:
             self._wire = self._views = self._buffer = self._pieces = None
 
     def _count_owners(self):
         """Who holds the buffer: a view itself, or another tensor over the same memory."""
-        return max(map(sys.getrefcount, self._views)), torch._C._storage_Use_Count(self._wire.untyped_storage()._cdata)
+        return max(map(sys.getrefcount, self._views)), count_owners(self._wire)
 
     def _drop_unwanted(self, is_wanted):
         for index in self.absent:

@@ -55,6 +55,8 @@ class Landing:
     def _before_close(self):
         if not _ending.by_exception:
             self.land()
+        for exchange in list(self._exchanges):
+            exchange.ended = True
 
     def _before_join(self):
         """The last step's updates are made: nothing of it may be left when all begin anew."""

@@ -171,11 +171,19 @@ def wrap(optimizer, exchange, names, model=None, overlap_forward=True, share=Non
     return optimizer
 
 
+def unwrap(optimizer):
+    """Makes the optimizer the user's own again, once its communicator has ended; updates that can still be made are made."""
+    optimizer._commlib.leave()
+    optimizer.__class__ = vars(optimizer).pop("_commlib").real_class
+
+
 def _check_objects(optimizer, model, named_parameters):
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"DistributedOptimizer needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if isinstance(optimizer, DistributedMethods):
-        raise ValueError("this optimizer is a DistributedOptimizer already")
+        if not optimizer._commlib.exchange.ended:
+            raise ValueError("this optimizer is a DistributedOptimizer already")
+        unwrap(optimizer)
     if any(is_lazy(parameter) for parameter in trained_by(optimizer)):
         raise ValueError(
             "a lazy module has no parameters yet: run one batch through the model on every rank, then make the optimizer "

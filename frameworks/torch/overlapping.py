@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+import commlib
 from commlib.torch.arrival import is_tracked
 from commlib.torch.bundles import group_indices, groups_of, snapshot, step_groups
 from commlib.torch.gates import Gates
@@ -94,7 +95,7 @@ class Overlapping(Waiting):
             return self._step(None)
 
     def _step(self, closure):
-        self.exchange.check_complete(self.optimizer.param_groups)
+        self._check_complete()
         if self.gates.replaced:
             self._check_replaced()
         self.finish_updates()  # of parameters that nobody has read since the last step
@@ -259,6 +260,16 @@ class Overlapping(Waiting):
             with self._turn:
                 while self.gates.pending and not self._updating:
                     self.open(next(iter(self.gates.pending)))
+
+    def leave(self):
+        """As Waiting.leave; updates whose gradients were lost with another rank are not made."""
+        try:
+            self.finish_updates()
+        except commlib.CommlibError as error:
+            _log.warning("commlib: updates were lost with the communicator: %s", error)
+            self.gates.pending.clear()
+        self._release()
+        self.gates.remove()
 
     def synchronize(self):
         """Makes all updates still to come, and waits for all gradients that are on their way."""

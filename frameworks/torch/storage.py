@@ -42,9 +42,23 @@ def has_shared(communicator):
     return getattr(communicator, "backend", None) == "native" and communicator.local_size > 1
 
 
+# How many tensors lie over a storage is known to torch alone. Where it does not tell, everything is taken for shared.
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def can_count():
+    """Whether it can be told that nobody else sees a tensor's memory."""
+    return _use_count is not None
+
+
+def count_owners(tensor):
+    """How many tensors lie over this one's memory; only where `can_count`."""
+    return _use_count(tensor.untyped_storage()._cdata)
+
+
 def _count_holders(tensors):
     """How many hold the first tensor of a list, the list among them, and how many tensors lie over its memory."""
-    return sys.getrefcount(tensors[0]), torch._C._storage_Use_Count(tensors[0].untyped_storage()._cdata)
+    return sys.getrefcount(tensors[0]), count_owners(tensors[0])
 
 
 def _count_two():
@@ -54,7 +68,7 @@ def _count_two():
     return _count_holders([parameter.grad])
 
 
-_TWO_HOLDERS = _count_two()
+_TWO_HOLDERS = _count_two() if can_count() else None
 
 
 class Place:
@@ -91,7 +105,7 @@ class Place:
             self.path = SHARED
             return tensors[0]
         self.path, self._memory = PRIVATE, None
-        if has_stayed and tensors[0].is_contiguous() and _count_holders(tensors) == _TWO_HOLDERS:
+        if has_stayed and can_count() and tensors[0].is_contiguous() and _count_holders(tensors) == _TWO_HOLDERS:
             self._move(communicator, parameter, tensors)
         self._last = weakref.ref(tensors[0])
         return contiguous(tensors[0])

@@ -43,7 +43,7 @@ class Waiting:
 
     def step(self, closure=None):
         """Waits for all gradients and makes the user's own step; with a closure, as often as that is called."""
-        self.exchange.check_complete(self.optimizer.param_groups)
+        self._check_complete()
         if closure is not None:
             closure = self.reducing(closure)
         elif self.should_synchronize:
@@ -62,6 +62,19 @@ class Waiting:
         self.meter.steps += 1
         self.account(now=False)
         return result
+
+    def _check_complete(self):
+        """Refuses to step if the optimizer has got or lost parameters behind our back.
+
+        Raises:
+            RuntimeError: it has another number of parameters than are tracked.
+        """
+        known, count = len(self.exchange.gradients), sum(len(group["params"]) for group in self.optimizer.param_groups)
+        if known and count != known:
+            raise RuntimeError(
+                f"the optimizer has {count} parameters, but {known} are known to DistributedOptimizer: add parameters with "
+                "optimizer.add_param_group(...), on every rank"
+            )
 
     def reducing(self, closure):
         """The closure, with gradients of all ranks after every call, and the loss that belongs to them."""
@@ -128,6 +141,9 @@ class Waiting:
 
     def finish_updates(self):
         """Makes updates that are still to come: in this form there are none."""
+
+    def leave(self):
+        """Undoes what was done to the model: the communicator has ended."""
 
     @property
     def overlap(self):

@@ -260,9 +260,12 @@ class Remembering(torch.optim.SGD):
                     state["last"] = parameter.grad if self.keep_itself else parameter.grad.detach()
 
 
+@pytest.mark.parametrize("counts", [True, False], ids=["torch counts", "nobody counts"])
 @pytest.mark.parametrize("keep_itself", [True, False])
 @pytest.mark.parametrize("ladder", [LADDER, (Capacity(2, 1 << 20),), None])
-def test_optimizers_that_keep_gradients(ladder, keep_itself):
+def test_optimizers_that_keep_gradients(monkeypatch, ladder, keep_itself, counts):
+    if not counts:  # a torch without that private function
+        monkeypatch.setattr("commlib.torch.storage._use_count", None)
     data, results = batches(6, rows=4), []
     for wrapped in (False, True):
         model = make(Net)
@@ -306,3 +309,52 @@ def test_a_group_without_all_its_gradients_leaves_at_step():
     after = weights(model)
     assert torch.equal(before["stem.weight"], after["stem.weight"])
     assert not torch.equal(before["blocks.0.weight"], after["blocks.0.weight"])
+
+
+# ---- bytes are copied where that is the same as to copy tensors
+
+
+def transposed(gradient):
+    return gradient.clone().t().contiguous().t() if gradient.dim() == 2 else gradient
+
+
+def negated(gradient):
+    return torch._neg_view(gradient.neg())  # as complex numbers leave behind
+
+
+@pytest.mark.parametrize("form", ["model", "horovod"])
+@pytest.mark.parametrize("change", [transposed, negated])
+def test_gradients_of_any_layout(change, form):
+    """p.grad as backward or a user may have left it; it is accumulated into, or sent as it is."""
+    results = []
+    for wrapped in (False, True):
+        model = make(Plain)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        if wrapped:
+            named = model.named_parameters() if form == "horovod" else None
+            optimizer = distribute(optimizer, DoubleCommunicator(), None if named else model, named, ladder=LADDER)
+        for step, (x, target) in enumerate(batches(6, rows=4)):
+            optimizer.zero_grad()
+            if step % 2:
+                for parameter in model.parameters():
+                    parameter.grad = change(torch.full_like(parameter, 0.25, requires_grad=False))
+            nn.functional.cross_entropy(model(x), target).backward()
+            optimizer.step()
+        results.append(weights(model))
+    for name in results[0]:
+        assert torch.equal(results[0][name], results[1][name]), name
+
+
+def test_a_parameter_that_gets_another_size_leaves_its_group():
+    results = []
+    for wrapped in (False, True):
+        model = make(Plain)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if wrapped:
+            optimizer = distribute(optimizer, DoubleCommunicator(), model, ladder=LADDER)
+        train(model, optimizer, batches(3, rows=4))
+        model.last.bias.data = torch.ones(1)  # broadcast where it is added
+        train(model, optimizer, batches(3, rows=4, seed=5))
+        results.append(weights(model))
+    for name in results[0]:
+        assert torch.equal(results[0][name], results[1][name]), name

@@ -52,6 +52,27 @@ def test_weights_can_be_read_after_shutdown():
     assert len(sums(outcomes)) == 1
 
 
+@pytest.mark.parametrize("form", ["model=model", "named_parameters=model.named_parameters()"])
+def test_an_optimizer_that_is_kept_over_shutdown_is_wrapped_again(form):
+    middle = f"""
+comm.shutdown()
+comm.init()
+try:
+    steps(1)
+except comm.CommlibError as error:
+    assert "wrap it again" in str(error), error
+    optimizer.zero_grad()
+else:
+    raise AssertionError("nobody noticed")
+optimizer = comm.DistributedOptimizer(optimizer, {form})
+"""
+    head = HEAD.replace("model=model", form) if form != "model=model" else HEAD
+    if form != "model=model":
+        head = head.replace("optimizer = ", "comm.broadcast_parameters(model.state_dict(), 0)\noptimizer = ", 1)
+    lines = [sums(run_script(head + between + "steps(3)\n" + SAVE, 2)) for between in ("", middle)]
+    assert len(lines[0]) == 1 and lines[0] == lines[1], lines
+
+
 @pytest.mark.parametrize("end, status", [("raise KeyError('mine')", 1), ("os._exit(3)", 3)])
 def test_a_rank_that_fails_is_told_to_the_others(end, status):
     script = HEAD + f"""
