@@ -183,7 +183,7 @@ def test_groups_change_only_at_agreed_steps():
     model, communicator = make(Switched), DoubleCommunicator()
     exchanges = []
 
-    def exchange(payload, *, name):
+    def exchange(payload, *, name, without_joined=False):
         if "measured" in json.loads(payload):
             exchanges.append(name)
         return [payload] * 2
