@@ -10,12 +10,11 @@ not know it refuses: a key that is not read would be a wrong prediction.
 """
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from typing import Any, Optional, Tuple
 
 from commlib.cost import Link
-from commlib.json_table import JsonTable
+from commlib.json_table import JsonTable, load
 from commlib.plan import Shape
 from commlib.settings import Settings
 
@@ -61,12 +60,7 @@ class Cluster:
             OSError: it cannot be read.
             ValueError: it is not such a file; the text says what is wrong.
         """
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-        try:
-            return cls.from_dict(json.loads(text))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        return load(path, cls.from_dict)
 
     @classmethod
     def from_dict(cls, table: Any) -> Cluster:

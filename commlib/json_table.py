@@ -4,8 +4,26 @@ This file knows keys, numbers and words; it does not know what they mean.
 """
 from __future__ import annotations
 
+import json
 import math
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple, TypeVar
+
+Made = TypeVar("Made")
+
+
+def load(path: str, from_table: Callable[[Any], Made]) -> Made:
+    """What `from_table` makes of a file's JSON.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or from_table refuses it; the text names the file.
+    """
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    try:
+        return from_table(json.loads(text))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 class JsonTable:
