@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, List, Tuple
 
-from commlib.json_table import JsonTable
+from commlib.json_table import JsonTable, load
 from commlib.models import MODELS, layer_times
 from commlib.simulated_training import TrainingLayer
 
@@ -76,12 +76,7 @@ class Workload:
             OSError: it cannot be read.
             ValueError: it is not such a file; the text says what is wrong.
         """
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-        try:
-            return cls.from_dict(json.loads(text))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        return load(path, cls.from_dict)
 
     @classmethod
     def from_dict(cls, table: Any) -> Workload:
@@ -101,6 +96,27 @@ class Workload:
         if workload.compute_s == 0:
             raise ValueError("the model: its layers must take time, else there is nothing to speed up")
         return workload
+
+    def to_dict(self) -> dict:
+        """The table that `from_dict` reads.
+
+        Example:
+            >>> workload = Workload.of_model("alexnet", 0.1)
+            >>> Workload.from_dict(workload.to_dict()) == workload
+            True
+        """
+        return {"name": self.name, "layers": [
+            {"name": layer.name, "tensors": list(layer.counts), "forward_s": layer.forward_s, "backward_s": layer.backward_s}
+            for layer in self.layers]}  # fmt: skip
+
+    def save(self, path: str) -> None:
+        """Writes the file that `load` reads.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 def model_flops(name: str) -> int:

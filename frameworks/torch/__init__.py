@@ -35,6 +35,7 @@ from commlib.torch.operations import (
     reducescatter_async, synchronize,
 )  # fmt: skip
 from commlib.torch.optimizer import DistributedOptimizer
+from commlib.torch.recording import record_model
 from commlib.torch.sparse import sparse_allreduce_async
 from commlib.torch.state import allgather_object, broadcast_object, broadcast_optimizer_state, broadcast_parameters
 from commlib.torch.sync_batch_norm import SyncBatchNorm
@@ -96,6 +97,6 @@ __all__ = [
     "grouped_allreduce", "grouped_allreduce_", "grouped_allreduce_async", "grouped_allreduce_async_",
     "grouped_reducescatter", "grouped_reducescatter_async", "init", "is_homogeneous", "is_initialized", "join",
     "local_rank", "local_size", "mpi_built", "mpi_enabled", "mpi_threads_supported", "nccl_built", "poll", "rank",
-    "reducescatter", "reducescatter_async", "remove_process_set", "rocm_built", "shutdown", "size",
+    "record_model", "reducescatter", "reducescatter_async", "remove_process_set", "rocm_built", "shutdown", "size",
     "sparse_allreduce_async", "start_timeline", "stop_timeline", "synchronize", "trace_layers",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from commlib import (
     local_rank as local_rank, local_size as local_size, rank as rank, shutdown as shutdown, size as size,
     stop_timeline as stop_timeline,
 )  # fmt: skip
+from commlib.workload import Workload
 from commlib.process_sets import (
     ProcessSet as ProcessSet, add_process_set as add_process_set, add_process_sets as add_process_sets,
     global_process_set as global_process_set, remove_process_set as remove_process_set,
@@ -148,6 +149,8 @@ def broadcast_optimizer_state(optimizer: Optimizer, root_rank: int, model: Modul
 def broadcast_object(obj: _Object, root_rank: int = 0, name: str | None = None,
                      process_set: ProcessSet = ...) -> _Object: ...
 def allgather_object(obj: _Object, name: str | None = None, process_set: ProcessSet = ...) -> list[_Object]: ...
+def record_model(path: str, model: Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, steps: int = 5,
+                 **keywords: Any) -> Workload: ...
 def trace_layers(model: Module) -> None: ...
 def start_timeline(file_path: str, mark_cycles: bool = False) -> None: ...
 def init(comm: object = None, process_sets: Iterable[ProcessSet | Iterable[int]] | Literal["dynamic"] | None = None, *,
