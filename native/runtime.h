@@ -24,6 +24,8 @@ struct cl_runtime {
     bool running;
     bool ticks; /* some link wants to know the time */
     atomic_int sleepers; /* callers that sleep until an operation is done */
+    bool woke; /* the owner has woken a caller, who goes on by himself: it must not poll in his way */
+    bool crowded; /* this host has more ranks than processors: who polls gives his processor to another, who may be waited for */
     bool sockets; /* some link is polled by epoll, and not woken by a flag */
     double next_tick_s;
     double next_stall_s, stall_period_s; /* 0: nobody looks for stalls */

@@ -8,6 +8,7 @@
 #define _GNU_SOURCE
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,6 +21,7 @@
 
 enum {
     RUN_SLICE_MS = 100, /* so long cl_run_at waits */
+    CROWDED_SHARE = 8, /* of the time that is polled, where that keeps other ranks from the processor */
     ROUNDS_PER_LOOK = 8 /* a look at the clock costs as much as a round in which nothing happens */
 };
 
@@ -76,14 +78,20 @@ static bool looks_again(cl_engine *engine)
 {
     if (!engine->runtime->polls)
         return cl_look_now(engine) > 0;
-    relax();
+    if (engine->runtime->crowded)
+        sched_yield();
+    else
+        relax();
     return true;
 }
 
 static void drive_on(cl_engine *engine, const cl_operation *until, double deadline_s)
 {
     double idle_since_s = 0, spin_s = 1e-6 * engine->settings.spin_us;
+    if (engine->runtime->crowded)
+        spin_s /= CROWDED_SHARE;
     bool moved = true; /* the first look sets the clock */
+    engine->runtime->woke = false;
     for (uint32_t round = 1;; round++) {
         int events = cl_engine_progress(engine);
         if (until != NULL && atomic_load_explicit(&until->done, memory_order_relaxed))
@@ -102,7 +110,8 @@ static void drive_on(cl_engine *engine, const cl_operation *until, double deadli
         if (moved)
             idle_since_s = now_s;
         moved = false;
-        bool waiting = until != NULL || atomic_load_explicit(&engine->runtime->sleepers, memory_order_relaxed) > 0;
+        bool waiting = until != NULL || (!engine->runtime->woke &&
+                                         atomic_load_explicit(&engine->runtime->sleepers, memory_order_relaxed) > 0);
         if (idle_since_s != now_s && (!waiting || now_s - idle_since_s >= spin_s))
             return;
     }
@@ -222,6 +231,15 @@ void cl_runtime_free(cl_engine *engine)
     engine->runtime = NULL;
 }
 
+/* By the ranks whose memory is shared with this one; a processor bound to each rank is no crowd. */
+static bool is_crowded(const cl_engine *engine)
+{
+    int32_t ranks = 1;
+    for (int32_t r = 0; r < engine->size; r++)
+        ranks += engine->peers[r].link != NULL && cl_shm_pidfd(engine->peers[r].link) >= 0;
+    return ranks > sysconf(_SC_NPROCESSORS_ONLN);
+}
+
 int cl_engine_start(cl_engine *engine)
 {
     if (engine->runtime != NULL || engine->leaving)
@@ -238,6 +256,7 @@ int cl_engine_start(cl_engine *engine)
     }
     runtime->stall_period_s = cl_stall_period_s(engine);
     engine->runtime = runtime;
+    runtime->crowded = is_crowded(engine);
     int status = runtime->epoll < 0 || runtime->doorbell < 0 ? CL_SYSTEM : CL_OK;
     if (runtime->interest == NULL)
         status = CL_NO_MEMORY;
@@ -356,8 +375,10 @@ void cl_runtime_completed(cl_operation *operation)
 {
     atomic_fetch_sub_explicit(&operation->engine->unfinished, 1, memory_order_relaxed);
     atomic_store(&operation->done, 1);
-    if (atomic_load(&operation->waiters) > 0)
+    if (atomic_load(&operation->waiters) > 0) {
+        operation->engine->runtime->woke = true;
         cl_futex_wake_all(&operation->done);
+    }
     cl_queue_landed(operation);
 }
 
