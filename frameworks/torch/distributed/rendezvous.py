@@ -27,7 +27,9 @@ def meet(url, timeout=dist.default_pg_timeout, **_):
     store, place = _make(communicator, timeout) if communicator.rank == 0 else (None, None)
     told = communicator.control.broadcast_bytes(json.dumps(place).encode(), name="torch.distributed's store",
                                                 timeout_s=timeout.total_seconds())  # fmt: skip
-    yield store or _reach(json.loads(told), communicator.size, timeout), communicator.rank, communicator.size
+    store = store or _reach(json.loads(told), communicator.size, timeout)
+    communicator.barrier(timeout.total_seconds())  # a rank that ends takes its store along: not before all have reached it
+    yield store, communicator.rank, communicator.size
     raise RuntimeError("commlib:// cannot meet again: a process group of another size needs another job")
 
 
