@@ -30,13 +30,13 @@ class Meeting:
     def __init__(self, store, rank, size, timeout_s):
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         # One store may serve many groups of one name, one after the other: what an earlier one left there is not for us.
-        attempt = store.add(f"attempt/{rank}", 1)
+        attempt = self._ask(store.add, f"attempt/{rank}", 1)
         self._store = dist.PrefixStore(f"commlib/{attempt}/", store)
         self._where = _address_of(store)
 
     def set(self, key, value):
         """Publishes a value."""
-        self._store.set(key, value)
+        self._ask(self._store.set, key, value)
 
     def get_all(self, keys, timeout_s=None):
         """The values of several keys, waiting until all are set.
@@ -90,9 +90,9 @@ class Meeting:
             with contextlib.suppress(RuntimeError):  # the store may be what is lost
                 self._store.set(_FAILURE, f"{self.rank} {text}")
 
-    def _ask(self, method, argument):
+    def _ask(self, method, *arguments):
         try:
-            return method(argument)
+            return method(*arguments)
         except RuntimeError as error:
             raise StartError(f"the store of torch.distributed was lost while the process group was made ({error}): see the "
                              "output of the process that serves it, which is rank 0 or torchrun") from None  # fmt: skip

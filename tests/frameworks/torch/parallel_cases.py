@@ -79,6 +79,35 @@ def ddp():
     close(model.module, reference.module, 1e-5)
 
 
+class Recording:
+    """A communicator that remembers what it was asked for."""
+
+    def __init__(self, communicator):
+        self.communicator, self.size, self.priorities = communicator, communicator.size, []
+
+    def allreduce_async_(self, buffer, **options):
+        self.priorities.append(options["priority"])
+        return self.communicator.allreduce_async_(buffer, **options)
+
+
+def hook():
+    """The first layers' bucket is the most urgent one; 16 bits are half of 32."""
+    ours, _ = pair()
+    sent_nbytes = {}
+    for compression in (Compression.none, Compression.fp16, Compression.bf16):
+        model, state = wrapped(ours), DDPState(ours, compression)
+        state.communicator = Recording(ours.communicator)
+        model.register_comm_hook(state, ddp_hook)
+        before = ours.communicator.stats()["sent_nbytes"]
+        train(model)
+        sent_nbytes[compression] = ours.communicator.stats()["sent_nbytes"] - before
+        priorities = state.communicator.priorities
+        last = priorities[len(priorities) - 1 - priorities[::-1].index(0):]  # of the last step; DDP makes its buckets anew
+        assert len(last) > 1 and last == [-index for index in range(len(last))], priorities
+    for compression in (Compression.fp16, Compression.bf16):
+        assert 0.4 < sent_nbytes[compression] / sent_nbytes[Compression.none] < 0.75, sent_nbytes
+
+
 def ddp_features():
     """Unused parameters, no_sync, a static graph, uneven inputs with join(), sparse gradients, sync batch norm's gather."""
     ours, gloo = pair()
