@@ -326,6 +326,8 @@ class CommlibGroup(dist.ProcessGroup):
 
     _set_default_timeout = set_timeout
 
+    _device_types = property(lambda self: [torch.device("cpu")])
+
     def _get_backend(self, device):
         """One object is group and backend."""
         return self

@@ -241,3 +241,58 @@ def losing(path):
     except RuntimeError as error:
         return str(error)
     return "nothing happened"
+
+
+def checkpoints(folder):
+    """torch.distributed.checkpoint, also in the background, of sharded state."""
+    import torch.distributed.checkpoint as checkpoint
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    rank, size = place()
+    mesh = dist.device_mesh.init_device_mesh("cpu", (size,))
+    whole = torch.arange(12.0).view(6, 2)
+
+    def state(factor):
+        return {"rows": distribute_tensor(factor * whole, mesh, [Shard(0)]), "all": distribute_tensor(factor * whole, mesh, [Replicate()]),
+                "step": factor}  # fmt: skip
+
+    checkpoint.save(state(1), checkpoint_id=f"{folder}/now")
+    checkpoint.async_save(state(2), checkpoint_id=f"{folder}/later").result()
+    for name, factor in (("now", 1), ("later", 2)):
+        loaded = state(5)
+        checkpoint.load(loaded, checkpoint_id=f"{folder}/{name}")
+        assert loaded["step"] == factor and torch.equal(loaded["rows"].full_tensor(), factor * whole)
+
+
+def zero():
+    """ZeroRedundancyOptimizer: each rank keeps a part of the optimizer's state."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    models = []
+    for group in pair():
+        model = wrapped(group)
+        train(model, ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, process_group=group, lr=0.01))
+        models.append(model.module)
+    close(*models)
+
+
+def pipeline():
+    """Two stages of a model, one on each rank, four micro-batches."""
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+    rank, size = place()
+    torch.manual_seed(5)
+    layers = [nn.Linear(4, 8), nn.Linear(8, 3)]
+    inputs, targets = torch.randn(8, 4), torch.randn(8, 3)
+    plain = copy.deepcopy(layers)
+    wanted = nn.functional.mse_loss(plain[1](plain[0](inputs)), targets)
+    wanted.backward()
+    stage = PipelineStage(layers[rank], rank, size, torch.device("cpu"))
+    schedule = Schedule1F1B(stage, 4, loss_fn=nn.functional.mse_loss)
+    losses = []
+    if rank == 0:
+        schedule.step(inputs)
+    else:
+        schedule.step(target=targets, losses=losses)
+        torch.testing.assert_close(sum(losses) / 4, wanted)
+    torch.testing.assert_close(layers[rank].weight.grad, plain[rank].weight.grad)

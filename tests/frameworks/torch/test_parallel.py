@@ -14,9 +14,13 @@ def ranks(tmp_path_factory):
         ranks.call("c10d_collectives:end")
 
 
-@pytest.mark.parametrize("case", ["ddp", "hook", "ddp_features", "fsdp", "dtensor", "functional"])
+@pytest.mark.parametrize("case", ["ddp", "hook", "ddp_features", "fsdp", "dtensor", "functional", "zero", "pipeline"])
 def test_beside_gloo(ranks, case):
     ranks.call(f"parallel_cases:{case}")
+
+
+def test_checkpoints(ranks, tmp_path):
+    ranks.call("parallel_cases:checkpoints", str(tmp_path))
 
 
 def test_ddp_says_who_was_lost(tmp_path):
