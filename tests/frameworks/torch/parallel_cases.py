@@ -253,7 +253,8 @@ def checkpoints(folder):
     whole = torch.arange(12.0).view(6, 2)
 
     def state(factor):
-        return {"rows": distribute_tensor(factor * whole, mesh, [Shard(0)]), "all": distribute_tensor(factor * whole, mesh, [Replicate()]),
+        tensor = factor * whole
+        return {"rows": distribute_tensor(tensor, mesh, [Shard(0)]), "all": distribute_tensor(tensor, mesh, [Replicate()]),
                 "step": factor}  # fmt: skip
 
     checkpoint.save(state(1), checkpoint_id=f"{folder}/now")
