@@ -1,7 +1,7 @@
 """Collectives on lists of tensors, which complete together: Horovod's grouped forms.
 
-Every tensor is an operation of its own, so each is matched and checked by its own name, and the engine cuts, orders and
-overlaps them; nothing is copied together. Here they are begun together, and waited for together.
+What is reduced travels as commlib's grouped all-reduce, small tensors together. Of the others every tensor is an operation of its
+own, matched and checked by its own name; here they are begun together, and waited for together.
 """
 
 import time
@@ -9,11 +9,11 @@ import time
 import commlib
 from commlib.compressor import checked_compression
 from commlib.ops import check_op, op_of
-from commlib.process_sets import global_process_set
+from commlib.process_sets import communicator_of, global_process_set
 from commlib.torch import autograd
 from commlib.torch.compression import Compression
-from commlib.torch.operations import allgather_async, begin_allreduce, check_in_place, reducescatter_async
-from commlib.torch.tensors import check_tensor
+from commlib.torch.operations import allgather_async, check_in_place, landed, reducescatter_async
+from commlib.torch.tensors import buffer_of, check_tensor, contiguous
 
 
 class GroupedHandle:
@@ -80,11 +80,47 @@ def grouped_allreduce_async_(tensors, average=None, name=None, op=None, prescale
     return _begin(tensors, name, op_of(average, op), prescale_factor, postscale_factor, process_set)
 
 
-def _begin(tensors, name, *arguments):
-    names = _names(name, tensors)
-    return GroupedHandle([
-        begin_allreduce(tensor, own_name, *arguments, overlapped=len(tensors) > 1) for tensor, own_name in zip(tensors, names)
-    ])  # fmt: skip
+class ReducedHandle:
+    """All-reduces in flight that complete together; `synchronize(handle)` or `handle.wait()` gives the list of their tensors."""
+
+    __slots__ = ("_handle", "_tensors", "_wires")
+
+    def __init__(self, handle, tensors, wires):
+        self._handle, self._tensors, self._wires = handle, tensors, wires
+
+    def wait(self, timeout_s=None):
+        """As GroupedHandle.wait."""
+        self._handle.wait(timeout_s)
+        while self._wires:
+            landed(self._tensors[len(self._wires) - 1], self._wires.pop())
+        return self._tensors
+
+    def done(self):
+        """As GroupedHandle.done."""
+        return self._handle.done()
+
+    @property
+    def parts(self):
+        """For each tensor something whose wait() gives it."""
+        return [_Part(self, place) for place in range(len(self._tensors))]
+
+
+class _Part:
+    __slots__ = ("_whole", "_place")
+
+    def __init__(self, whole, place):
+        self._whole, self._place = whole, place
+
+    def wait(self):
+        return self._whole.wait()[self._place]
+
+
+def _begin(tensors, name, op, prescale_factor, postscale_factor, process_set):
+    wires = [contiguous(tensor) for tensor in tensors]
+    handle = communicator_of(process_set).grouped_allreduce_async_(
+        [buffer_of(wire) for wire in wires], name=name, op=op, prescale_factor=prescale_factor, postscale_factor=postscale_factor,
+    )  # fmt: skip
+    return ReducedHandle(handle, tensors, wires)
 
 
 def grouped_allreduce(tensors, average=None, name=None, compression=Compression.none, op=None, prescale_factor=1.0,

@@ -67,14 +67,13 @@ def allreduce_async_(tensor, average=None, name=None, op=None, prescale_factor=1
     return begin_allreduce(tensor, name, op_of(average, op), prescale_factor, postscale_factor, process_set)
 
 
-def begin_allreduce(tensor, name, op, prescale_factor, postscale_factor, process_set, overlapped=False):
-    """Reduces a tensor that was checked, in place; `overlapped`: one of many."""
+def begin_allreduce(tensor, name, op, prescale_factor, postscale_factor, process_set):
+    """Reduces a tensor that was checked, in place."""
     wire = contiguous(tensor)
     handle = communicator_of(process_set).allreduce_async_(
         buffer_of(wire), name=name, op=op, prescale_factor=prescale_factor, postscale_factor=postscale_factor,
-        overlapped=overlapped,
     )  # fmt: skip
-    return Handle(handle, lambda _: _landed(tensor, wire))
+    return Handle(handle, lambda _: landed(tensor, wire))
 
 
 # ---- broadcast
@@ -96,7 +95,7 @@ def _broadcast(tensor, root_rank, name, process_set):
     wire = contiguous(tensor)
     communicator = communicator_of(process_set)
     handle = communicator.broadcast_async_(buffer_of(wire), _place_of(root_rank, communicator), name=name)
-    return Handle(handle, lambda _: _landed(tensor, wire))
+    return Handle(handle, lambda _: landed(tensor, wire))
 
 
 def _place_of(root_rank, communicator):
@@ -155,7 +154,7 @@ def check_in_place(tensor, what):
         )
 
 
-def _landed(tensor, wire):
+def landed(tensor, wire):
     """The result is in `wire`; it belongs in `tensor`, of which autograd must know that it changed."""
     if tensor.is_contiguous():
         torch.autograd.graph.increment_version(tensor)

@@ -78,13 +78,13 @@ def grouped_gradients():
 
 
 def one_of_a_group_fails():
-    """A mismatch in the middle: the error, and that the rest landed and can be used again."""
-    tensors = [torch.ones(2), torch.ones(2 + comm.rank()), torch.ones(3)]
+    """A mismatch in the middle: the error, that what travelled by itself landed, and that all can be used again."""
+    tensors = [torch.ones(2), torch.ones(2 + comm.rank()), torch.ones(100_000)]
     try:
         comm.grouped_allreduce_(tensors, name="torn", op=comm.Sum)
     except commlib.MismatchError as error:
         message = str(error)
-    assert tensors[2].tolist() == [comm.size()] * 3
+    assert bool((tensors[2] == comm.size()).all())
     assert comm.grouped_allreduce([torch.ones(1)] * 3, name="torn", op=comm.Sum)[1].item() == comm.size()
     return message
 
