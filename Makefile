@@ -7,6 +7,7 @@
 # make instructions-record  records them anew
 # make soak   random runs of the engine with random faults (tests/native/seeds_test.c) until it is stopped or a seed fails; then it
 #             prints the seed, the end of what happened, and the command that repeats it. make soak SEED=N begins with seed N
+# make test-tensorflow-versions  tries one wheel with TensorFlow 2.16, 2.18, 2.20 and 2.21, each in an environment of its own
 # make plots  draws docs/allreduce.svg and the README's tables from what make bench has measured
 #
 # The first two need Linux, Python >= 3.9 with venv, a C compiler (gcc; g++ for TensorFlow's op library) and the network for pip. No GPU, no CUDA.
@@ -15,13 +16,16 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench soak plots instructions instructions-record build wheel clean
+.PHONY: demo test test-tensorflow-versions bench soak plots instructions instructions-record build wheel clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/commrun -np 2 $(VENV)/bin/python examples/torch_digits.py
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests
+
+test-tensorflow-versions:
+	$(PYTHON) tests/tensorflow_versions.py
 
 bench: $(VENV)/.test
 	$(VENV)/bin/python benchmarks/environments.py
