@@ -35,13 +35,16 @@ class Direct:
 
     @property
     def is_possible(self):
-        """False: other things than the engine must see each operation: another backend, a timeline, names that count anew after a
-        join of all ranks. Submit by Python then."""
-        is_first_epoch = self._submitter.names.first == 0
-        return self._submitter.prepares and self._submitter.flight.timeline is None and is_first_epoch
+        """False: other things than the engine must see each operation: another backend, a timeline. Submit by Python then."""
+        return self._submitter.prepares and self._submitter.flight.timeline is None
+
+    @property
+    def first_use(self):
+        """The number from which uses of every name are counted: another one after a join of all ranks."""
+        return self._submitter.names.first
 
     def on_change(self, callback):
-        """Has callback() called when `is_possible` may have changed."""
+        """Has callback() called when `is_possible` or `first_use` may have changed."""
         self._submitter.flight.watchers.append(callback)
 
     def on_ended(self, callback):
@@ -59,7 +62,7 @@ class Direct:
             address, text_address: of the cl_request, and of the 256 bytes for its text.
 
         Returns:
-            The base key. The n-th use of the name, counted from 0, has the key base + n * stride.
+            The base key. The n-th use of the name, counted from `first_use`, has the key base + n * stride.
 
         Raises:
             ValueError, TypeError: as `Communicator.allreduce_async_`.

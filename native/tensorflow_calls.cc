@@ -141,8 +141,10 @@ Name *name_of(Session *session, uint64_t base)
 {
     std::lock_guard<std::mutex> lock(session->mutex);
     std::unique_ptr<Name> &name = session->names[base];
-    if (name == nullptr)
+    if (name == nullptr) {
         name.reset(new Name);
+        name->uses.store(session->first_use);
+    }
     return name.get();
 }
 

@@ -36,7 +36,8 @@ struct Session {
     const cl_functions *functions;
     cl_engine *engine;
     std::atomic<int> direct{1}; /* 0: Python must see every operation */
-    std::mutex mutex;
+    std::mutex mutex;           /* of what follows */
+    uint64_t first_use = 0;     /* from which uses of names are counted */
     std::unordered_map<uint64_t, std::unique_ptr<Name>> names;        /* by base key */
     std::unordered_map<std::string, std::unique_ptr<Pending>> pending; /* by the attribute of who began it */
 };

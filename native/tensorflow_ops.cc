@@ -147,7 +147,7 @@ EXPORTED void commlib_tensorflow_install(const cl_tensorflow_callbacks *callback
 }
 
 /* From here on kernels use this engine. Returns a cl_status; CL_INVALID: the engine is of another version. */
-EXPORTED int commlib_tensorflow_open(const cl_functions *functions, cl_engine *engine, int direct)
+EXPORTED int commlib_tensorflow_open(const cl_functions *functions, cl_engine *engine, int direct, uint64_t first_use)
 {
     Library &all = library();
     if (functions->version != CL_FUNCTIONS_VERSION || functions->nbytes != sizeof(cl_functions) + sizeof(cl_request))
@@ -169,6 +169,7 @@ EXPORTED int commlib_tensorflow_open(const cl_functions *functions, cl_engine *e
     session->functions = functions;
     session->engine = engine;
     session->direct.store(direct);
+    session->first_use = first_use;
     all.session.store(session);
     return CL_OK;
 }
@@ -178,12 +179,19 @@ EXPORTED void *commlib_tensorflow_queue(void)
     return library().queue;
 }
 
-/* Whether C may submit by itself. */
-EXPORTED void commlib_tensorflow_direct(int direct)
+/* Whether C may submit by itself, and from which number uses of names are counted: all anew, if that is another one. */
+EXPORTED void commlib_tensorflow_direct(int direct, uint64_t first_use)
 {
     User user;
-    if (user.session != nullptr)
-        user.session->direct.store(direct);
+    if (user.session == nullptr)
+        return;
+    std::lock_guard<std::mutex> lock(user.session->mutex);
+    user.session->direct.store(direct);
+    if (first_use == user.session->first_use)
+        return;
+    user.session->first_use = first_use;
+    for (auto &name : user.session->names)
+        name.second->uses.store(first_use);
 }
 
 namespace {

@@ -58,6 +58,24 @@ def init(comm=None, process_sets=None):
         raise
 
 
+def join(device=-1):
+    """This rank has no more batches: returns when all ranks have called it, and takes part in their all-reduces until then.
+
+    Called outside of functions. It contributes zeros, and averages are divided by the number of all ranks. Other collectives fail
+    on every rank meanwhile. A rank that joined early has made fewer steps: share the variables of the rank that joined last.
+
+    Args:
+        device: for Horovod's sake; there are CPU tensors only.
+
+    Returns:
+        The last rank that joined.
+
+    Raises:
+        CommlibError: a rank was lost, or shut down without joining.
+    """
+    return commlib.join()
+
+
 def __getattr__(name):
     """SyncBatchNormalization is a Keras layer, and Keras takes a second to import."""
     if name == "SyncBatchNormalization":
@@ -88,7 +106,7 @@ __all__ = [
     "allgather", "allgather_object", "allreduce", "alltoall", "barrier", "broadcast", "broadcast_",
     "broadcast_global_variables", "broadcast_object", "broadcast_object_fn", "broadcast_variables", "ccl_built",
     "cross_rank", "cross_size", "cuda_built", "ddl_built", "global_process_set", "gloo_built", "gloo_enabled",
-    "grouped_allgather", "grouped_allreduce", "grouped_reducescatter", "init", "is_homogeneous", "is_initialized",
+    "grouped_allgather", "grouped_allreduce", "grouped_reducescatter", "init", "is_homogeneous", "is_initialized", "join",
     "local_rank", "local_rank_op", "local_size", "local_size_op", "mpi_built", "mpi_enabled", "mpi_threads_supported",
     "nccl_built", "process_set_included_op", "rank", "rank_op", "reducescatter", "remove_process_set", "rocm_built",
     "shutdown", "size", "size_op", "start_timeline", "stop_timeline",

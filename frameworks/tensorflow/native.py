@@ -265,12 +265,12 @@ class _Session:
             if self.direct is not None:
                 return
             direct = Direct(communicator)
-            status = _library.commlib_tensorflow_open(direct.functions, direct.engine, direct.is_possible)
+            status = _library.commlib_tensorflow_open(direct.functions, direct.engine, direct.is_possible, direct.first_use)
             if status:
                 raise error_of(status, "commlib's engine and its op library for TensorFlow do not fit together: reinstall commlib")
             self.direct = direct
             communicator.on_close(_library.commlib_tensorflow_close)
-            direct.on_change(lambda: _library.commlib_tensorflow_direct(direct.is_possible))
+            direct.on_change(lambda: _library.commlib_tensorflow_direct(direct.is_possible, direct.first_use))
             direct.on_ended(self._ended)
 
     def _ended(self):
@@ -298,7 +298,8 @@ def _declare():
         ImportError: the library is of another version of commlib.
     """
     address = ctypes.c_void_p
-    _library.commlib_tensorflow_open.argtypes = (address, address, ctypes.c_int)
+    _library.commlib_tensorflow_open.argtypes = (address, address, ctypes.c_int, _U64)
+    _library.commlib_tensorflow_direct.argtypes = (ctypes.c_int, _U64)
     _library.commlib_tensorflow_queue.restype = address
     _library.commlib_tensorflow_output.restype = address
     _library.commlib_tensorflow_output.argtypes = (ctypes.POINTER(_Call), ctypes.c_int, ctypes.POINTER(_I64), ctypes.c_int)

@@ -150,6 +150,27 @@ def differentiate(graph):
     }
 
 
+def unequal_work(graph):
+    """Ranks with more and more steps, twice, and steps of all in between; the last rank that joined."""
+    rank, size = comm.rank(), comm.size()
+    lasts = []
+
+    def step():
+        return comm.grouped_allreduce([tf.ones(3), tf.ones(2) * 2], op=comm.Sum, name="unequal")
+
+    function = tf.function(step, autograph=False) if graph else step
+    for _ in range(2):
+        for i in range(2 * rank + 1):
+            at_work = sum(2 * other + 1 > i for other in range(size))
+            one, two = function()
+            assert one.numpy().tolist() == [at_work] * 3 and two.numpy().tolist() == [2 * at_work] * 2
+        lasts.append(comm.join())
+        for _ in range(3):
+            assert function()[0].numpy().tolist() == [size] * 3
+            assert comm.allreduce(tf.ones(1), op=comm.Sum).numpy() == size
+    return lasts
+
+
 def state():
     """Variables of every kind, and objects."""
     rank = comm.rank()

@@ -54,6 +54,10 @@ def test_gradients(tensorflow_ranks, graph):
         assert result["alltoall with splits"] == [1.0, 2.0, 3.0, 0.0]
 
 
+def test_ranks_with_unequal_work(tensorflow_ranks, graph):
+    assert tensorflow_ranks(3).call("collectives_cases:unequal_work", graph) == [[2, 2]] * 3
+
+
 def test_state(tensorflow_ranks):
     for values, told, gathered in tensorflow_ranks(3).call("collectives_cases:state"):
         assert values == [[1.0, 1.0], [1], True, [1]]

@@ -45,7 +45,7 @@ SIGNATURES = {
     "alltoall": [("tensor", "needed"), ("splits", None), ("name", None), *SCOPE, *SET],
     "reducescatter": [("tensor", "needed"), ("device_dense", ""), *COMPRESSION, *OP, ("name", None), *SET, *SCALE],
     "grouped_reducescatter": [("tensors", "needed"), ("device_dense", ""), *COMPRESSION, *OP, *SET, *SCALE],
-    "barrier": SET, "rank_op": [("name", None)], "local_rank_op": [("name", None)], "local_size_op": [("name", None)],
+    "join": [("device", -1)], "barrier": SET, "rank_op": [("name", None)], "local_rank_op": [("name", None)], "local_size_op": [("name", None)],
     "size_op": [("process_set_id", 0), ("name", None)], "process_set_included_op": [("process_set_id", 0), ("name", None)],
     "broadcast_variables": [("variables", "needed"), ("root_rank", "needed"), *SET, ("inplace", False)],
     "broadcast_global_variables": [("root_rank", "needed")],
