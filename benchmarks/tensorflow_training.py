@@ -1,4 +1,4 @@
-"""Communication that a training step in TensorFlow exposes, two workers: commlib beside tf.distribute's MultiWorkerMirroredStrategy.
+"""Communication that a step in TensorFlow exposes, two workers: commlib beside tf.distribute's MultiWorkerMirroredStrategy.
 
     python benchmarks/tensorflow_training.py --output benchmarks/results/tensorflow_training.json
 

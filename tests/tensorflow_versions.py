@@ -29,8 +29,8 @@ rank, size = comm.rank(), comm.size()
 
 def collectives(x):
     received, splits = comm.alltoall(tf.repeat(x, size), splits=[1] * size)
-    return [comm.allreduce(x, op=comm.Sum), comm.allgather(x), comm.broadcast(x, 1), comm.reducescatter(tf.repeat(x, size), op=comm.Sum),
-            received, splits, comm.rank_op(), comm.size_op(), *comm.grouped_allreduce([x, x * 2], op=comm.Max)]
+    return [comm.allreduce(x, op=comm.Sum), comm.allgather(x), comm.broadcast(x, 1),
+            comm.reducescatter(tf.repeat(x, size), op=comm.Sum), received, splits, comm.rank_op(), comm.size_op(), *comm.grouped_allreduce([x, x * 2], op=comm.Max)]
 
 def check(x):
     for function in (collectives, tf.function(collectives)):
@@ -106,7 +106,8 @@ def try_version(version, wheel, folder):
     """True: it works; False: it does not; None: there is none for this Python."""
     environment = folder / version
     must(sys.executable, "-m", "venv", "--clear", environment)
-    installed = run(environment / "bin/pip", "install", "--quiet", "--disable-pip-version-check", f"tensorflow-cpu=={version}.*", wheel)
+    pip = (environment / "bin/pip", "install", "--quiet", "--disable-pip-version-check")
+    installed = run(*pip, f"tensorflow-cpu=={version}.*", wheel)
     if installed.returncode:
         print(f"TensorFlow {version} cannot be installed here: {installed.stdout.strip().splitlines()[-1]}", flush=True)
         return None
