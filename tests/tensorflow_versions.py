@@ -30,7 +30,8 @@ rank, size = comm.rank(), comm.size()
 def collectives(x):
     received, splits = comm.alltoall(tf.repeat(x, size), splits=[1] * size)
     return [comm.allreduce(x, op=comm.Sum), comm.allgather(x), comm.broadcast(x, 1),
-            comm.reducescatter(tf.repeat(x, size), op=comm.Sum), received, splits, comm.rank_op(), comm.size_op(), *comm.grouped_allreduce([x, x * 2], op=comm.Max)]
+            comm.reducescatter(tf.repeat(x, size), op=comm.Sum), received, splits,
+            comm.rank_op(), comm.size_op(), *comm.grouped_allreduce([x, x * 2], op=comm.Max)]
 
 def check(x):
     for function in (collectives, tf.function(collectives)):
