@@ -16,7 +16,7 @@ from commlib.errors import (
 )  # fmt: skip
 from commlib.handle import Handle
 from commlib.memory import Pieces
-from commlib.reduction import Average, Max, Min, Product, ReduceOp, Sum
+from commlib.reduction import Adasum, Average, Max, Min, Product, ReduceOp, Sum
 from commlib.run import RunError, run
 from commlib.session import Session, forwarded
 from commlib.settings import Settings
@@ -135,12 +135,12 @@ prepare_allreduce_ = _forward("prepare_allreduce_")
 start_timeline, stop_timeline = _forward("start_timeline"), _forward("stop_timeline")
 
 __all__ = [
-    "Average", "Buffer", "CommlibError", "Communicator", "ForkedError", "Handle", "JoinedError", "Max", "Min", "MismatchError",
-    "PeerLeftError", "PeerLostError", "Pieces", "Product", "ReduceOp", "RunError", "Settings", "ShutdownError",
-    "StalledError", "StartError", "Sum", "__version__", "allgather", "allgather_async", "allreduce", "allreduce_",
-    "allreduce_async", "allreduce_async_", "alltoall", "alltoall_async", "barrier", "broadcast", "broadcast_",
+    "Adasum", "Average", "Buffer", "CommlibError", "Communicator", "ForkedError", "Handle", "JoinedError", "Max", "Min",
+    "MismatchError", "PeerLeftError", "PeerLostError", "Pieces", "Product", "ReduceOp", "RunError", "Settings",
+    "ShutdownError", "StalledError", "StartError", "Sum", "__version__", "allgather", "allgather_async", "allreduce",
+    "allreduce_", "allreduce_async", "allreduce_async_", "alltoall", "alltoall_async", "barrier", "broadcast", "broadcast_",
     "broadcast_async", "broadcast_async_", "communicator", "cross_rank", "cross_size", "empty", "grouped_allreduce",
-    "grouped_allreduce_", "grouped_allreduce_async", "grouped_allreduce_async_", "init", "is_homogeneous", "is_initialized", "join",
-    "local_rank", "local_size", "prepare_allreduce_", "rank", "reducescatter", "reducescatter_async", "run", "shutdown",
-    "size", "start_timeline", "stop_timeline",
+    "grouped_allreduce_", "grouped_allreduce_async", "grouped_allreduce_async_", "init", "is_homogeneous", "is_initialized",
+    "join", "local_rank", "local_size", "prepare_allreduce_", "rank", "reducescatter", "reducescatter_async", "run",
+    "shutdown", "size", "start_timeline", "stop_timeline",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from commlib.run import run as run
 
 __version__: str
 
+Adasum: ReduceOp
 Average: ReduceOp
 Sum: ReduceOp
 Min: ReduceOp

@@ -8,25 +8,19 @@ import math
 import operator
 import threading
 import zlib
-from functools import partial
 
-from commlib.buffer import DTYPES, Buffer
-from commlib.engine import AGAIN, KIND_CODES, TICKET_CODE
-from commlib.errors import JoinedError
+from commlib.buffer import DTYPES
+from commlib.engine import AGAIN, KIND_CODES
 from commlib.handle import Flight, Handle
 from commlib.layout import Layout
 from commlib.memory import memory_of, pointer_of
 from commlib.names import EPOCH, Names, Use, busy_text, key_of_use
 from commlib.prepared import Prepared
-from commlib.reduction import Average, neutral_array
+from commlib.reduction import Average
 from commlib.rendezvous_wire import spell_ranks
 from commlib.requests import NO_PLAN, copy_of_request, native_plan, new_members, new_offsets, new_request, new_text
 from commlib.selection import MPI_OWN, select
-
-# What a request's hint tells a rank that has joined: the kind (+ 1, as a ticket has lost it), and how the plan was chosen.
-_KIND_BITS, _OVERLAPPED, _SILENT = 0xFF, 0x100, 0x200
-_KIND_OF_CODE = {code: kind for kind, code in KIND_CODES.items()}
-_DTYPE_OF_CODE = {code: dtype for dtype, (code, _) in DTYPES.items()}
+from commlib.standing_in import StandsIn, hint_of
 
 # The shapes of exchanges, in which every rank's bytes may have another length: also none, of a rank that has joined.
 ANY, ANY_OR_NONE = ("any",), ("any or none",)
@@ -41,7 +35,7 @@ _MOST_REQUESTS = 8192  # more tensors than models have; about 1 KB each
 _SEGMENT_ALIGNMENT = 64  # elements; the engine cuts chunks on such borders, and so kernels start on whole cache lines
 
 
-class Submitter:
+class Submitter(StandsIn):
     """Everything between a checked call and cl_submit.
 
     Args:
@@ -247,53 +241,34 @@ class Submitter:
         if name is None:
             name = self._parts[tuple(members)] = self._parts.get(tuple(members), 0) + 1
         name = f"{self.names.group}/{name} of {members}"
-        part = Submitter(self.engine, hosts, self.settings, name, members, self.flight, self.kin[0])
+        part = self.part_class(self.engine, hosts, self.settings, name, members, self.flight, self.kin[0])
         self.kin.append(part)
         return part
 
-    def for_members(self, members):
-        """What stands in for operations of a group that this rank does not know."""
-        hosts = [self._hosts[rank] for rank in members]
-        return Submitter(self.engine, hosts, self.settings, "unknown", members, self.flight, self)
-
-    def stand_in(self, told):
-        """Posts this rank's part in an operation of others, which changes nothing. Returns its handle.
+    def submit_plan(self, key, text, part, plan, priority):
+        """Posts a sum by a plan of the caller's own, in place. Returns the engine's operation, to be waited for and released.
 
         Args:
-            told: a commlib.engine.Announced.
-
-        Raises:
-            JoinedError: that cannot be: it is no all-reduce.
+            key: equal on all ranks, and different from all others.
+            text: what errors call it.
+            part: a Buffer, which the caller keeps alive.
+            plan: a commlib.plan.Plan over the ranks of the group.
         """
-        kind = _KIND_OF_CODE.get((told.hint & _KIND_BITS) - 1)
-        is_silent = kind == "exchange" and bool(told.hint & _SILENT)
-        if kind != "allreduce" and not is_silent:
-            raise JoinedError(f"rank {self.engine.rank} has joined, and {kind or 'this'} needs every rank: until all have joined, "
-                              "only allreduce goes on", self.engine.rank)  # fmt: skip
-        dtype = _DTYPE_OF_CODE[told.dtype]
-        count = 0 if is_silent else told.count
-        array = neutral_array(told.reduction, count, dtype)
-        source = Buffer(None, (count,), dtype, array, True)
-        request, itemsize = told.request, source.itemsize
-        request.input = request.output = pointer_of(source)
-        request.count = count
-        request.my_part = self.rank
-        if is_silent or told.kind == TICKET_CODE:
-            request.members, request.nmembers = self._members, self.size
-        plan = NO_PLAN
-        if told.kind != TICKET_CODE:
-            plan, _ = self._plan_of_engine(kind, count * itemsize, itemsize, 0, bool(told.hint & _OVERLAPPED))
-        request.plan = plan
-        handle = self.handle_class(self.flight, Use(self.names.group, kind, None, self.size), kind, f"for {told.text}",
-                                   (source, source), None, None)  # fmt: skip
-        handle.note = plan
-        self.flight.add(handle)
-        try:
-            self._post(handle, request, partial(self.engine.stand_in, told))
-        except BaseException:
-            self.flight.discard(handle)
-            raise
-        return handle
+        self.engine.check_open()
+        plan_key = ("own", plan.nchunks, plan.steps)
+        native = self._plans.get(plan_key)
+        if native is None:
+            native = self._plans[plan_key] = native_plan(plan.relabelled(self.members) if self._is_part else plan)
+        request, words = new_request(), new_text(f"{text} among {spell_ranks(self.members)}" if self._is_part else text)
+        request.key, request.text, request.kind, request.dtype = key, words, KIND_CODES["allreduce"], part.code
+        request.root, request.priority, request.settings_hash = -1, _priority(priority), self._settings_hash
+        request.prescale = request.postscale = 1.0
+        request.plan, request.count, request.my_part = native, part.count, self.rank
+        request.input = request.output = pointer_of(part)
+        if self._is_part:
+            request.listeners, request.nlisteners = self._members, self.size
+        with self.lock:
+            return self.engine.submit(request)
 
     def is_begun(self, kind):
         """See `Communicator.is_begun`."""
@@ -311,10 +286,6 @@ class Submitter:
     def after_fork(self):
         """In a forked child: the timeline is the parent's."""
         self.flight.timeline = None
-
-    def _plan_of_engine(self, *args):
-        """As `_plan`, for an operation that the engine moves."""
-        return self._plan(*args)
 
     def _post(self, handle, request, submit=None):
         """Submits a request; `submit(request)` in place of the engine's, for one that stands in."""
@@ -346,7 +317,7 @@ class Submitter:
         request.prescale, request.postscale = scales[0], scales[1] * share_of(op, dtype, self.size)
         request.count = count
         request.my_part = self.rank
-        request.hint = KIND_CODES[kind] + 1 + (_OVERLAPPED if overlapped else 0) + (_SILENT if shape == ANY_OR_NONE else 0)
+        request.hint = hint_of(kind, overlapped, is_silent=shape == ANY_OR_NONE)
         request.plan, request.segment_count = plan, segment_count
         if offsets is not None:
             request.parts = offsets
@@ -433,3 +404,6 @@ def _text_of(kind, name, dtype, shape, op, root, scales, overlapped):
     if overlapped:
         words.append("overlapped")
     return " ".join(words)
+
+
+Submitter.part_class = Submitter  # groups' bytes are the engine's, whoever moves those of all ranks

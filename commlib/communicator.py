@@ -7,13 +7,14 @@ underscore it works in place. This file checks what users pass, and describes re
 from contextlib import suppress
 from functools import partial
 
+from commlib.adasum import Adasums
 from commlib.buffer import Buffer, as_buffer, copy_into, ndarray, new_like, style_of, writable_buffer
 from commlib.collective import ANY, ANY_OR_NONE, Submitter
 from commlib.control import Control
 from commlib.grouped import GroupedCollectives
 from commlib.layout import checked_ranks
 from commlib.membership import Membership
-from commlib.reduction import Average, check_op
+from commlib.reduction import Adasum, Average, check_op
 from commlib.results import Rows, exchanged, new_shared
 from commlib.timeline import Timeline
 
@@ -58,6 +59,8 @@ class Communicator(GroupedCollectives, Membership):
         self.host_sizes = tuple(topology.hosts.count(host) for host in range(max(topology.hosts) + 1))
         self.control = Control(self.exchange, self.rank, self.size)
         Membership.__init__(self, parent)
+        self._adasums = Adasums(self._submitter)
+        self.on_join(before=self._adasums.settle)
 
     # ---- allreduce -------------------------------------------------------------------------------------------
 
@@ -68,7 +71,7 @@ class Communicator(GroupedCollectives, Membership):
         Args:
             array: contiguous, writable, of the same shape and dtype on all ranks. Do not touch it before the wait.
             name: matches the operation between ranks; None: by sequence number.
-            op: commlib.Average, Sum, Min, Max or Product. On bool: Sum and Max are "or", Product and Min are "and".
+            op: commlib.Average, Sum, Min, Max, Product, or Adasum for floats. On bool: Sum, Max are "or", Product, Min "and".
             priority: 0 is needed first; lower goes first.
             overlapped: one of many in flight, whose throughput together counts and not the latency of this one, as with
                 gradients; it changes which algorithm is chosen, so it must be equal on all ranks.
@@ -129,6 +132,8 @@ class Communicator(GroupedCollectives, Membership):
         """
         buffer = writable_buffer(array, "allreduce_")
         check_op(op, buffer.dtype)
+        if op is Adasum:
+            raise ValueError("Adasum is several operations, which cannot be prepared: use allreduce_")
         if type(name) is not str:
             raise TypeError(f"a prepared operation needs a name, a string, not {name!r}")
         if not self._submitter.prepares:
@@ -163,7 +168,7 @@ class Communicator(GroupedCollectives, Membership):
         buffer = writable_buffer(array, "allreduce_")
         op, priority, prescale, postscale, overlapped = wish
         handle = self._allreduce(array, buffer, False, name, op, priority, prescale, postscale, overlapped, lazy)
-        if type(array) is ndarray:
+        if type(array) is ndarray and op is not Adasum:
             self._submitter.remember("allreduce", name, array, wish)
         return handle
 
@@ -173,6 +178,8 @@ class Communicator(GroupedCollectives, Membership):
         result, target = (array, source)
         if is_new:
             result, target = new_like(style_of(array, source), source.shape, source.dtype)
+        if op is Adasum:
+            return self._adasums.submit(name, [source], [target], result, priority, scales)
         return self._submitter.submit("allreduce", name, source, target, priority=priority, op=op, scales=scales,
                                       overlapped=overlapped, lazy=lazy, result=result)  # fmt: skip
 
@@ -251,6 +258,8 @@ class Communicator(GroupedCollectives, Membership):
         source = as_buffer(array)
         rows = Rows("reducescatter", array, source)
         check_op(op, source.dtype)
+        if op is Adasum:
+            raise ValueError("there is no reducescatter with op=commlib.Adasum: use allreduce, or another op")
         return self._submitter.submit("reducescatter", name, source, None, priority=priority, op=op,
                                       scales=(float(prescale_factor), float(postscale_factor)), parts=rows.parts(self.size),
                                       finish=partial(rows.scattered, self.rank, self.size))  # fmt: skip

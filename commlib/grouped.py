@@ -12,7 +12,7 @@ from typing import NamedTuple
 from commlib.buffer import Buffer, as_buffer, new_like, style_of, writable_buffer
 from commlib.errors import CommlibError
 from commlib.memory import Pieces, address_of
-from commlib.reduction import Average, check_op
+from commlib.reduction import Adasum, Average, check_op
 
 # By itself an array costs about 10 us on both of two ranks, in company a copy there and one back: 64 KiB take as long.
 _SMALL_NBYTES = 64 << 10
@@ -138,6 +138,8 @@ class GroupedCollectives:
                                             postscale_factor=postscale_factor).wait(timeout_s)  # fmt: skip
 
     def _begin_group(self, sources, addresses, into, results, name, op, priority, prescale, postscale):
+        if op is Adasum:
+            return self._begin_adasum(sources, addresses, into, results, name, priority, (float(prescale), float(postscale)))
         bundles = self._bundles_of(sources)
         for dtype in {bundle.dtype for bundle in bundles}:
             check_op(op, dtype)
@@ -148,6 +150,19 @@ class GroupedCollectives:
             submit = self._submit_alone if len(bundle.places) == 1 else self._submit_bundle
             parts.append(submit(bundle, own_name, addresses, into, (sources, results), options))
         return GroupedHandle(parts, results, (sources, results))
+
+    def _begin_adasum(self, sources, addresses, into, results, name, priority, scales):
+        """All of a dtype travel together, each with its own coefficients."""
+        keep, places = (sources, results), {}
+        for place, buffer in enumerate(map(as_buffer, sources)):
+            check_op(Adasum, buffer.dtype)
+            places.setdefault(buffer.dtype, []).append((place, buffer.shape))
+        parts = []
+        for number, (dtype, members) in enumerate(places.items()):
+            ends = [[Buffer(where[place], shape, dtype, keep, True) for place, shape in members] for where in (addresses, into)]
+            own_name = None if name is None else f"{name}.{number}"
+            parts.append((self._adasums.submit(own_name, *ends, None, priority, scales), None))
+        return GroupedHandle(parts, results, keep)
 
     def _submit_alone(self, bundle, name, addresses, into, keep, options):
         place, = bundle.places

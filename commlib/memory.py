@@ -72,3 +72,39 @@ class Pieces:
 def scale(code, output, source, count, factor):
     """output[i] = source[i] * factor as the engine computes it; `code` is a cl_dtype, both are addresses, and may be equal."""
     lib.cl_scale(code, ffi.cast("void *", output), ffi.cast("void *", source), count, factor)
+
+
+def adasum_dots(code, a, b, count, sums):
+    """sums[0:3] = a.a, a.b, b.b of floats at two addresses; `code` is a cl_dtype, `sums` an address of fp64."""
+    lib.cl_adasum_dots(code, ffi.cast("void *", a), ffi.cast("void *", b), count, ffi.cast("double *", sums))
+
+
+def adasum_mix(code, out, a, b, count, factors):
+    """out[i] = factors[0] * a[i] + factors[1] * b[i] at addresses, of which `out` may be one of the others."""
+    lib.cl_adasum_mix(code, ffi.cast("void *", out), ffi.cast("void *", a), ffi.cast("void *", b), count, *factors)
+
+
+class Completions:
+    """Operations in the order in which they are done, for one thread that waits for whatever is next."""
+
+    def __init__(self):
+        self._queue = ffi.NULL
+        queue = ffi.new("cl_queue **")
+        if lib.cl_queue_new(queue) != lib.CL_OK:
+            raise MemoryError("out of memory for a queue of operations")
+        self._queue = queue[0]
+        self._operation, self._token = ffi.new("cl_operation **"), ffi.new("void **")
+
+    def tell(self, operation, token):
+        """An operation is to come with this int, once."""
+        lib.cl_operation_tell(operation, self._queue, ffi.cast("void *", token))
+
+    def next(self, timeout_s):
+        """The int of the operation that was done first; None: none was in time."""
+        if lib.cl_queue_next(self._queue, int(timeout_s * 1e3), self._operation, self._token) != lib.CL_OK:
+            return None
+        lib.cl_operation_release(self._operation[0])
+        return int(ffi.cast("uintptr_t", self._token[0]))
+
+    def __del__(self):
+        lib.cl_queue_free(self._queue)  # all that was told to it has come: whoever waited for it let go of this object after that

@@ -1,41 +1,34 @@
 """Reductions as Horovod's users ask for them, turned into the core's; for the adapters of frameworks.
 
-Adasum exists as a name so that a script which merely mentions it (`hvd.Adasum if args.use_adasum else hvd.Average`) runs
-unchanged. What is asked for and cannot be done is an error at the call, never something else done instead.
+What is asked for and cannot be done is an error at the call, never something else done instead.
 """
 
 import commlib
+from commlib import Adasum
 
 
-class _Adasum:
-    """Stands for a reduction that commlib does not have yet."""
+def check_op(op, adasum=False):
+    """Refuses Adasum where it cannot be had, and turns None into Horovod's default, the average.
 
-    def __repr__(self):
-        return "commlib.Adasum"
-
-
-Adasum = _Adasum()
-
-
-def check_op(op):
-    """Refuses reductions that the core lacks, and turns None into Horovod's default, the average.
+    Args:
+        adasum: whether it can.
 
     Raises:
-        ValueError: Adasum.
+        ValueError: it cannot.
     """
-    if op is Adasum:
-        raise ValueError("op=Adasum is not supported yet: use Average or Sum")
+    if op is Adasum and not adasum:
+        raise ValueError("op=Adasum is not supported here: use Average or Sum, or Adasum in allreduce")
     return commlib.Average if op is None else op
 
 
-def op_of(average, op):
+def op_of(average, op, adasum=False):
     """The reduction that Horovod's two arguments mean together.
 
     Raises:
         ValueError: both were given.
     """
     if average is None:
-        return check_op(op)
+        return check_op(op, adasum)
     if op is not None:
         raise ValueError("The op parameter supersedes average. Please provide only one of them.")
     return commlib.Average if average else commlib.Sum

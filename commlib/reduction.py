@@ -8,6 +8,9 @@ import enum
 import numpy
 
 
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
 class ReduceOp(enum.Enum):
     """How the contributions of all ranks become one value; `code` is the engine's cl_reduction."""
 
@@ -16,6 +19,7 @@ class ReduceOp(enum.Enum):
     Min = ("min", 1)
     Max = ("max", 2)
     Product = ("product", 3)
+    Adasum = ("adasum", 0)
 
     def __init__(self, word, code):
         self.word = word
@@ -30,17 +34,20 @@ Sum = ReduceOp.Sum
 Min = ReduceOp.Min
 Max = ReduceOp.Max
 Product = ReduceOp.Product
+Adasum = ReduceOp.Adasum
 
 
 def check_op(op, dtype):
     """Refuses what is no reduction, or has no meaning for the dtype.
 
     Raises:
-        TypeError: op is not one of commlib.Average, Sum, Min, Max, Product.
-        ValueError: the average of truth values.
+        TypeError: op is not one of commlib.Average, Sum, Min, Max, Product, Adasum.
+        ValueError: the average of truth values, Adasum of integers.
     """
     if type(op) is not ReduceOp:
-        raise TypeError(f"op must be commlib.Average, Sum, Min, Max or Product, not {op!r}")
+        raise TypeError(f"op must be commlib.Average, Sum, Min, Max, Product or Adasum, not {op!r}")
+    if op is Adasum and dtype not in FLOATS:
+        raise ValueError(f"op=commlib.Adasum is for {', '.join(FLOATS)}, not {dtype}: use Sum or Average")
     if op is Average and dtype == "bool":
         raise ValueError("the average of bool has no meaning: use op=commlib.Max (or) or commlib.Min (and)")
 

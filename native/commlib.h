@@ -90,6 +90,13 @@ int cl_reduce_both_with(int index, int32_t dtype, int32_t reduction, void *acc, 
 int cl_scale_with(int index, int32_t dtype, void *out, const void *in, size_t count, double factor);
 size_t cl_dtype_nbytes(int32_t dtype);
 
+/*
+ * For Adasum, on floats: sums[0..3) = a.a, a.b, b.b, in fp64 and in one order whatever the memory's alignment; and
+ * out[i] = ca * a[i] + cb * b[i], of 16-bit floats in fp32, rounded once; out may be a or b. CL_INVALID: no floats.
+ */
+int cl_adasum_dots(int32_t dtype, const void *a, const void *b, size_t count, double *sums);
+int cl_adasum_mix(int32_t dtype, void *out, const void *a, const void *b, size_t count, double ca, double cb);
+
 /* ---- engine ------------------------------------------------------------------------------------------------- */
 
 typedef struct {

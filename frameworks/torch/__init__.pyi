@@ -30,9 +30,8 @@ Min: ReduceOp
 Max: ReduceOp
 Product: ReduceOp
 
-class _Adasum: ...
 
-Adasum: _Adasum
+Adasum: ReduceOp
 
 _Result = TypeVar("_Result", covariant=True)
 _Object = TypeVar("_Object")
@@ -64,7 +63,7 @@ class _DistributedOptimizer(Optimizer):
 
 def DistributedOptimizer(
     optimizer: Optimizer, named_parameters: Iterable[tuple[str, Parameter]] | None = None,
-    compression: type[Compressor] | Compressor | None = ..., backward_passes_per_step: int = 1, op: ReduceOp | _Adasum = ...,
+    compression: type[Compressor] | Compressor | None = ..., backward_passes_per_step: int = 1, op: ReduceOp = ...,
     gradient_predivide_factor: float = 1.0, num_groups: int = 0, groups: int | Sequence[Sequence[Parameter]] | None = None,
     sparse_as_dense: bool = False, process_set: ProcessSet = ..., *, model: Module | None = None, overlap_forward: bool = True,
     name: str = "") -> _DistributedOptimizer: ...
@@ -75,30 +74,30 @@ class SyncBatchNorm(_BatchNorm):
                  track_running_stats: bool = True, *, process_set: ProcessSet = ..., **options: Any) -> None: ...
 
 def allreduce(tensor: Tensor, average: bool | None = None, name: str | None = None,
-              compression: type[Compressor] | Compressor | None = ..., op: ReduceOp | _Adasum | None = None,
+              compression: type[Compressor] | Compressor | None = ..., op: ReduceOp | None = None,
               prescale_factor: float = 1.0, postscale_factor: float = 1.0,
               process_set: ProcessSet = ...) -> Tensor: ...
 def allreduce_(tensor: Tensor, average: bool | None = None, name: str | None = None,
-               op: ReduceOp | _Adasum | None = None, prescale_factor: float = 1.0, postscale_factor: float = 1.0,
+               op: ReduceOp | None = None, prescale_factor: float = 1.0, postscale_factor: float = 1.0,
                process_set: ProcessSet = ...) -> Tensor: ...
 def allreduce_async(tensor: Tensor, average: bool | None = None, name: str | None = None,
-                    op: ReduceOp | _Adasum | None = None, prescale_factor: float = 1.0, postscale_factor: float = 1.0,
+                    op: ReduceOp | None = None, prescale_factor: float = 1.0, postscale_factor: float = 1.0,
                     process_set: ProcessSet = ...) -> Handle[Tensor]: ...
 def allreduce_async_(tensor: Tensor, average: bool | None = None, name: str | None = None,
-                     op: ReduceOp | _Adasum | None = None, prescale_factor: float = 1.0, postscale_factor: float = 1.0,
+                     op: ReduceOp | None = None, prescale_factor: float = 1.0, postscale_factor: float = 1.0,
                      process_set: ProcessSet = ...) -> Handle[Tensor]: ...
 def grouped_allreduce(tensors: Iterable[Tensor], average: bool | None = None, name: str | None = None,
-                      compression: type[Compressor] | Compressor | None = ..., op: ReduceOp | _Adasum | None = None,
+                      compression: type[Compressor] | Compressor | None = ..., op: ReduceOp | None = None,
                       prescale_factor: float = 1.0, postscale_factor: float = 1.0,
                       process_set: ProcessSet = ...) -> list[Tensor]: ...
 def grouped_allreduce_(tensors: Iterable[Tensor], average: bool | None = None, name: str | None = None,
-                       op: ReduceOp | _Adasum | None = None, prescale_factor: float = 1.0,
+                       op: ReduceOp | None = None, prescale_factor: float = 1.0,
                        postscale_factor: float = 1.0, process_set: ProcessSet = ...) -> list[Tensor]: ...
 def grouped_allreduce_async(tensors: Iterable[Tensor], average: bool | None = None, name: str | None = None,
-                            op: ReduceOp | _Adasum | None = None, prescale_factor: float = 1.0,
+                            op: ReduceOp | None = None, prescale_factor: float = 1.0,
                             postscale_factor: float = 1.0, process_set: ProcessSet = ...) -> Handle[list[Tensor]]: ...
 def grouped_allreduce_async_(tensors: Iterable[Tensor], average: bool | None = None, name: str | None = None,
-                             op: ReduceOp | _Adasum | None = None, prescale_factor: float = 1.0,
+                             op: ReduceOp | None = None, prescale_factor: float = 1.0,
                              postscale_factor: float = 1.0, process_set: ProcessSet = ...) -> Handle[list[Tensor]]: ...
 def sparse_allreduce_async(tensor: Tensor, name: str | None, op: ReduceOp,
                            process_set: ProcessSet = ...) -> Callable[[], Tensor]: ...
@@ -115,16 +114,16 @@ def grouped_allgather(tensors: Iterable[Tensor], name: str | None = None,
 def grouped_allgather_async(tensors: Iterable[Tensor], name: str | None = None,
                             process_set: ProcessSet = ...) -> Handle[list[Tensor]]: ...
 def reducescatter(tensor: Tensor, name: str | None = None, compression: type[Compressor] | Compressor | None = ...,
-                  op: ReduceOp | _Adasum = ..., process_set: ProcessSet = ..., prescale_factor: float = 1.0,
+                  op: ReduceOp = ..., process_set: ProcessSet = ..., prescale_factor: float = 1.0,
                   postscale_factor: float = 1.0) -> Tensor: ...
-def reducescatter_async(tensor: Tensor, name: str | None = None, op: ReduceOp | _Adasum = ...,
+def reducescatter_async(tensor: Tensor, name: str | None = None, op: ReduceOp = ...,
                         process_set: ProcessSet = ..., prescale_factor: float = 1.0,
                         postscale_factor: float = 1.0) -> Handle[Tensor]: ...
 def grouped_reducescatter(tensors: Iterable[Tensor], name: str | None = None,
-                          compression: type[Compressor] | Compressor | None = ..., op: ReduceOp | _Adasum = ...,
+                          compression: type[Compressor] | Compressor | None = ..., op: ReduceOp = ...,
                           process_set: ProcessSet = ..., prescale_factor: float = 1.0,
                           postscale_factor: float = 1.0) -> list[Tensor]: ...
-def grouped_reducescatter_async(tensors: Iterable[Tensor], name: str | None = None, op: ReduceOp | _Adasum = ...,
+def grouped_reducescatter_async(tensors: Iterable[Tensor], name: str | None = None, op: ReduceOp = ...,
                                 process_set: ProcessSet = ..., prescale_factor: float = 1.0,
                                 postscale_factor: float = 1.0) -> Handle[list[Tensor]]: ...
 @overload

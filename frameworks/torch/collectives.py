@@ -30,7 +30,7 @@ def allreduce(tensor, average=None, name=None, compression=Compression.none, op=
         average: deprecated: True for op=Average, False for op=Sum.
         name: matches the operation between ranks; None: by sequence number.
         compression: what travels; one of Compression.
-        op: Average (the default), Sum, Min, Max or Product.
+        op: Average (the default), Sum, Min, Max, Product or Adasum (floats; not differentiable).
         prescale_factor, postscale_factor: multiply each contribution, and the result.
         process_set: the ranks that take part; others do not call it. Average divides by how many they are.
 
@@ -48,7 +48,7 @@ def allreduce(tensor, average=None, name=None, compression=Compression.none, op=
         tensor([1., 1.])
         >>> comm.shutdown()
     """
-    op, compression = op_of(average, op), checked_compression(compression)
+    op, compression = op_of(average, op, adasum=True), checked_compression(compression)
     check_tensor(tensor, "allreduce")
     autograd.check_reduction("allreduce", op, [tensor])
     wire, ctx = compression.compress(tensor)

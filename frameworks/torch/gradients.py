@@ -60,7 +60,7 @@ class GradientExchange(Costs):
         super().__init__()
         self.communicator = communicator
         self.gradients, self.parameters = [], []
-        self.passes, self.prefix = passes, prefix
+        self.passes, self.prefix, self.op, self.compression = passes, prefix, op, compression
         self.superseded_by = None  # a parameter's name, once a newer exchange tracks it
         self.ended = False  # whether the communicator was closed
         self.paused = False  # while True, gradients only accumulate on this rank

@@ -70,14 +70,14 @@ def grouped_allreduce_async(tensors, average=None, name=None, op=None, prescale_
                             process_set=global_process_set):  # fmt: skip
     """As `grouped_allreduce`, returning a GroupedHandle at once."""
     copies = [tensor.detach().clone() for tensor in _listed(tensors, "grouped_allreduce")]
-    return _begin(copies, name, op_of(average, op), prescale_factor, postscale_factor, process_set)
+    return _begin(copies, name, op_of(average, op, adasum=True), prescale_factor, postscale_factor, process_set)
 
 
 def grouped_allreduce_async_(tensors, average=None, name=None, op=None, prescale_factor=1.0, postscale_factor=1.0,
                              process_set=global_process_set):  # fmt: skip
     """As `grouped_allreduce_`, returning a GroupedHandle at once; do not touch the tensors before the wait."""
     tensors = _listed(tensors, "grouped_allreduce_", check_in_place)
-    return _begin(tensors, name, op_of(average, op), prescale_factor, postscale_factor, process_set)
+    return _begin(tensors, name, op_of(average, op, adasum=True), prescale_factor, postscale_factor, process_set)
 
 
 class ReducedHandle:
@@ -145,7 +145,7 @@ def grouped_allreduce(tensors, average=None, name=None, compression=Compression.
         [tensor([1.]), tensor(3)]
         >>> comm.shutdown()
     """
-    op = op_of(average, op)
+    op = op_of(average, op, adasum=True)
     arguments = (op, prescale_factor, postscale_factor, process_set)
     wires, decompressed = _compressed("grouped_allreduce", op, tensors, compression)
     handle = grouped_allreduce_async(wires, None, name, *arguments)

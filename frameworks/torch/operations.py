@@ -57,14 +57,15 @@ def allreduce_async(tensor, average=None, name=None, op=None, prescale_factor=1.
                     process_set=global_process_set):  # fmt: skip
     """As collectives.allreduce, returning a Handle at once."""
     check_tensor(tensor, "allreduce")
-    return begin_allreduce(tensor.detach().clone(), name, op_of(average, op), prescale_factor, postscale_factor, process_set)
+    copy, op = tensor.detach().clone(), op_of(average, op, adasum=True)
+    return begin_allreduce(copy, name, op, prescale_factor, postscale_factor, process_set)
 
 
 def allreduce_async_(tensor, average=None, name=None, op=None, prescale_factor=1.0, postscale_factor=1.0,
                      process_set=global_process_set):  # fmt: skip
     """As collectives.allreduce_, returning a Handle at once; do not touch the tensor before the wait."""
     check_in_place(tensor, "allreduce_")
-    return begin_allreduce(tensor, name, op_of(average, op), prescale_factor, postscale_factor, process_set)
+    return begin_allreduce(tensor, name, op_of(average, op, adasum=True), prescale_factor, postscale_factor, process_set)
 
 
 def begin_allreduce(tensor, name, op, prescale_factor, postscale_factor, process_set):

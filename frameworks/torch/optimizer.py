@@ -14,6 +14,7 @@ import commlib
 from commlib.compressor import checked_compression
 from commlib.ops import check_op
 from commlib.process_sets import ProcessSet, communicator_of, global_process_set
+from commlib.torch.adasum import Adasum, AdasumSteps
 from commlib.torch.chosen_groups import chosen_groups
 from commlib.torch.compression import Compression
 from commlib.torch.gradients import GradientExchange
@@ -56,7 +57,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
             ranks.
         compression: what dense gradients travel as; one of Compression, or another Compressor.
         backward_passes_per_step: backward passes that accumulate on each rank before a gradient is sent.
-        op: Average or Sum over ranks.
+        op: Average or Sum over ranks; Adasum: each rank makes its own step, and the changes of the weights are combined.
         gradient_predivide_factor: with Average, divide by it before the sum and multiply by it after.
         num_groups, groups: gradients that travel as one operation, from the second step on: a number of groups, or lists of
             parameters; None: commlib makes groups by size and order of need.
@@ -95,7 +96,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     communicator = trained_with(process_set)
     exchange = GradientExchange(
         communicator,
-        op=check_op(op),
+        op=check_op(op, adasum=True),
         passes=backward_passes_per_step,
         sparse_as_dense=sparse_as_dense,
         presence=model is not None,
@@ -149,10 +150,12 @@ def wrap(optimizer, exchange, names, model=None, overlap_forward=True, share=Non
     real_class = type(optimizer)
     is_own = patched is None or is_schedulers
     whole_step = (lambda *closure: real_class.step(optimizer, *closure)) if is_own else patched
-    if exchange.communicator.size > 1:
+    if exchange.communicator.size > 1 and exchange.op is not Adasum:
         for name, parameter in named_parameters:
             exchange.track(parameter, name)
-    if model is None or not exchange.gradients:
+    if exchange.op is Adasum and exchange.communicator.size > 1:
+        optimizer._commlib = AdasumSteps(optimizer, exchange, whole_step)
+    elif model is None or not exchange.gradients:
         optimizer._commlib = Waiting(optimizer, exchange, whole_step)
     else:
         reason = None if overlap_forward else "overlap_forward=False was asked for"
