@@ -38,7 +38,7 @@ class DDPState:
             self.timeout_s = group._seconds(None, timeout)
             return
         self.communicator, self.attendant = commlib.communicator(), Attendant()
-        self.communicator.on_close(self.attendant.close)
+        self.communicator.on_close(self.attendant.dismiss)  # what is in flight then fails, and it has to tell that
         if self.communicator.size != group.size():
             raise ValueError(f"the model's process group has {group.size()} ranks, and commlib's {self.communicator.size}: give "
                              "DDP a process group of commlib's")  # fmt: skip

@@ -33,6 +33,11 @@ class Root:
         if self.first is not None and self.first() is group:
             self.close()
 
+    def after_fork(self):
+        """In a forked child, whose copy of the attendant's lock nobody may ever open again."""
+        self.communicator.after_fork()
+        self.attendant = Attendant()
+
     def close(self):
         """Fails what is in flight, tells the peers and stops the threads. Idempotent."""
         self.communicator.close()
@@ -78,7 +83,7 @@ def _close_all():
 
 def _after_fork():
     for root in list(_roots):
-        root.communicator.after_fork()
+        root.after_fork()
 
 
 atexit.register(_close_all)

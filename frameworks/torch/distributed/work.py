@@ -185,12 +185,16 @@ class Attendant:
                 self._thread.start()
             self._changed.notify()
 
-    def close(self):
-        """Ends the thread; all operations have ended, well or not."""
+    def dismiss(self):
+        """Lets the thread end as soon as it has nothing to wait for; returns at once."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
-            thread = self._thread
+
+    def close(self):
+        """Ends the thread; all operations have ended, well or not."""
+        self.dismiss()
+        thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 

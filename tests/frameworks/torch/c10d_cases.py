@@ -258,7 +258,9 @@ def forked():
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writing, refused(dist.all_reduce, torch.ones(1)).encode())
+        text = refused(dist.all_reduce, torch.ones(1))
+        dist.group.WORLD.shutdown()  # as at the end of a process
+        os.write(writing, text.encode())
         os._exit(0)
     text = os.read(reading, 1 << 12).decode()
     os.waitpid(child, 0)

@@ -108,6 +108,39 @@ def hook():
         assert 0.4 < sent_nbytes[compression] / sent_nbytes[Compression.none] < 0.75, sent_nbytes
 
 
+def ends():
+    """commlib.shutdown() with a gradient in flight, which the other rank does not have: the hook's future says so."""
+    import commlib
+
+    _, gloo = pair()
+    rank, size = place()
+    commlib.init()
+    state = DDPState(gloo)
+    if rank == 0:
+        future = ddp_hook(state, _Bucket())
+        commlib.shutdown()
+        try:
+            future.wait()
+            raise AssertionError("it came")
+        except RuntimeError as error:
+            assert "ShutdownError" in str(error), error
+    dist.barrier(gloo)
+    commlib.shutdown()
+
+
+class _Bucket:
+    """What a hook sees of DDP's."""
+
+    def __init__(self):
+        self.tensor = torch.ones(3)
+
+    def buffer(self):
+        return self.tensor
+
+    def index(self):
+        return 0
+
+
 def ddp_features():
     """Unused parameters, no_sync, a static graph, uneven inputs with join(), sparse gradients, sync batch norm's gather."""
     ours, gloo = pair()

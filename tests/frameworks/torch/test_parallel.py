@@ -14,7 +14,7 @@ def ranks(tmp_path_factory):
         ranks.call("c10d_collectives:end")
 
 
-@pytest.mark.parametrize("case", ["ddp", "hook", "ddp_features", "fsdp", "dtensor", "functional", "zero", "pipeline"])
+@pytest.mark.parametrize("case", ["ddp", "hook", "ends", "ddp_features", "fsdp", "dtensor", "functional", "zero", "pipeline"])
 def test_beside_gloo(ranks, case):
     ranks.call(f"parallel_cases:{case}")
 
