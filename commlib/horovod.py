@@ -23,6 +23,11 @@ _ANSWERS = {
     "horovod.torch.optimizer": "commlib.torch.optimizer",
     "horovod.torch.compression": "commlib.torch.compression",
     "horovod.torch.sync_batch_norm": "commlib.torch.sync_batch_norm",
+    "horovod.tensorflow": "commlib.tensorflow",
+    "horovod.tensorflow.mpi_ops": "commlib.tensorflow",
+    "horovod.tensorflow.functions": "commlib.tensorflow.variables",
+    "horovod.tensorflow.compression": "commlib.tensorflow.compression",
+    "horovod.tensorflow.sync_batch_norm": "commlib.tensorflow.sync_batch_norm",
     "horovod.common.process_sets": "commlib.process_sets",
 }
 
