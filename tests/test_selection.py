@@ -121,6 +121,14 @@ def test_overlapped_operations_between_hosts_take_a_ring_unless_it_is_far_slower
     assert select("allreduce", 8, apart, Settings(), overlapped=True).algorithm != "ring"
 
 
+@pytest.mark.parametrize("latency_us, gbit_per_s, preferred", [(20, 10, True), (50, 25, True), (10, 100, True), (216, 232, False)])
+def test_a_ring_is_preferred_only_where_what_is_in_flight_can_fill_it(latency_us, gbit_per_s, preferred):
+    settings = Settings(alpha_between_s=latency_us * 1e-6, beta_between_s_per_byte=8e-9 / gbit_per_s)
+    for nbytes in (16 << 20, 144 << 20):
+        choice = select("allreduce", nbytes, Shape((1,) * 64), settings, overlapped=True)
+        assert (choice.algorithm == "ring") == preferred
+
+
 def test_forced_algorithm_must_fit():
     with pytest.raises(ValueError, match="no allreduce algorithm named 'pigeon'"):
         select("allreduce", 8, Shape((2,)), Settings(algorithms=(("allreduce", "pigeon"),)))
