@@ -40,8 +40,8 @@ def calibrated(settings, engine, hosts):
         names = (f"alpha_{place}_s", f"beta_{place}_s_per_byte")
         if peer is None or engine.rank not in (0, peer) or all(getattr(settings, name) for name in names):
             continue
-        small_s = _one_way_s(engine, place, peer, _SMALL_NBYTES, _SMALL_ROUNDS)
-        large_s = _one_way_s(engine, place, peer, _LARGE_NBYTES, _LARGE_ROUNDS)
+        small_s = one_way_s(engine, place, peer, _SMALL_NBYTES, _SMALL_ROUNDS)
+        large_s = one_way_s(engine, place, peer, _LARGE_NBYTES, _LARGE_ROUNDS)
         beta = max(large_s - small_s, 1e-9) / (_LARGE_NBYTES - _SMALL_NBYTES)
         changes.update(zip(names, (rounded(small_s), rounded(beta))))
     if engine.rank == 0 and engine.size > 1:
@@ -64,8 +64,8 @@ def _first(hosts, same):
     return next((rank for rank in range(1, len(hosts)) if (hosts[rank] == hosts[0]) == same), None)
 
 
-def _one_way_s(engine, place, peer, nbytes, rounds):
-    """The shortest of some ping-pongs, halved."""
+def one_way_s(engine, place, peer, nbytes, rounds, of=min):
+    """The shortest of some ping-pongs, halved, or what `of` makes of them. Called by rank 0 and by its peer."""
     other = peer if engine.rank == 0 else 0
     away, back = send(other, 0, 1), recv(other, 0, 1)
     steps = (away, back) if engine.rank == 0 else (back, away)
@@ -77,7 +77,7 @@ def _one_way_s(engine, place, peer, nbytes, rounds):
     native = native_plan(plan)
     request.plan, request.input, request.output, request.count = native, memory, memory, nbytes
     base = base_key("calibration", place, str(nbytes))
-    return min(_round_s(engine, request, key_of_use(base, use)) for use in range(rounds)) / 2
+    return of([_round_s(engine, request, key_of_use(base, use)) for use in range(rounds)]) / 2
 
 
 def _round_s(engine, request, key):

@@ -1,0 +1,161 @@
+"""How true is `commlib simulate`? Steps and all-reduces on an emulated cluster, beside what the simulation predicts of them.
+
+    sudo python benchmarks/truth.py measure --hosts 2 --rate-mbit 1000 --output benchmarks/results/truth.json
+    sudo python benchmarks/truth.py measure --hosts 4 8 --rate-mbit 1000 --output benchmarks/results/truth.json
+    python benchmarks/truth.py compare benchmarks/results/truth.json
+
+`measure` runs, on hosts that are network namespaces (cluster.py), a ping-pong between two of them, all-reduces one at a time, and
+emulated training (emulated.py) of every model under every schedule, and keeps the raw times. `compare` takes latency and
+bandwidth from the ping-pong of the run on two hosts with the same links, and nothing else; simulates all runs with the settings
+that they had; and prints both times and how far they are apart.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+
+from cluster import Cluster
+from peers import HERE
+from record import add_run
+from scaling import environment, wait_for
+
+from commlib import models
+from commlib.cost import Link
+from commlib.messages import SCHEDULES
+from commlib.plan import Shape
+from commlib.selection import select
+from commlib.settings import Settings
+from commlib.simulated_training import TrainingLayer, simulate_training
+from commlib.simulation import EventKind, Simulation
+
+# One in so many elements travels, so that a step of each model moves about 25 MB.
+SHRINK = {"alexnet": 10, "vgg16": 22, "resnet50": 4, "bert_base": 17}
+SMALL_NBYTES = 64
+# Longer than what a token bucket lets through unshaped after idle (70 kB), many times.
+LARGE_NBYTES = (4 << 20, 16 << 20)
+ALLREDUCE_NBYTES = (1 << 20, 4 << 20, 16 << 20)
+FORWARD_SHARE = 1 / 3
+LONGEST_S = 230
+
+
+# ---- measuring ----------------------------------------------------------------------------------------------------
+
+def trainings(arguments, hosts, payload_bytes_per_s):
+    """What is trained: compute as long as the links need for all gradients."""
+    works = []
+    for model in arguments.models:
+        shrink, layers = SHRINK[model], models.MODELS[model]()
+        counts = [[max(1, tensor.parameters // shrink) for tensor in layer.tensors] for layer in layers]
+        compute_s = 2 * (hosts - 1) / hosts * 4 * sum(map(sum, counts)) / payload_bytes_per_s
+        flops = sum(layer.forward_flops for layer in layers)
+        times_s = [(compute_s * FORWARD_SHARE * layer.forward_flops / flops,
+                    compute_s * (1 - FORWARD_SHARE) * layer.forward_flops / flops) for layer in layers]  # fmt: skip
+        works += [{"model": model, "schedule": schedule, "shrink": shrink, "counts": counts, "times_s": times_s}
+                  for schedule in arguments.schedules]  # fmt: skip
+    return works
+
+
+def measure(arguments):
+    for hosts in arguments.hosts:
+        load = os.getloadavg()
+        with Cluster(hosts, arguments.rate_mbit, arguments.name) as cluster, tempfile.TemporaryDirectory() as folder:
+            order = {"ping_pong": [SMALL_NBYTES, *LARGE_NBYTES], "rounds": 9, "allreduce": ALLREDUCE_NBYTES, "repeats": 5,
+                     "steps": arguments.steps, "trainings": trainings(arguments, hosts, cluster.payload_bytes_per_s)}  # fmt: skip
+            path = pathlib.Path(folder, "order")
+            path.write_text(json.dumps(order))
+            results = [pathlib.Path(folder, f"rank{rank}") for rank in range(hosts)]
+            program = [sys.executable, str(HERE / "truth_rank.py"), str(path)]
+            wait_for([cluster.start(rank, [*program, str(result)], environment(cluster, rank, hosts))
+                      for rank, result in enumerate(results)], LONGEST_S)  # fmt: skip
+            found = [json.loads(result.read_text()) for result in results]
+        record = {"hosts": hosts, "rate_mbit": arguments.rate_mbit, "order": order, "settings": found[0]["settings"],
+                  "ping_pong": found[0]["ping_pong"], "allreduce": [one["allreduce"] for one in found],
+                  "steps": [one["steps"] for one in found]}  # fmt: skip
+        add_run(arguments.output, f"{hosts} hosts, {arguments.rate_mbit} Mbit/s", arguments, load, record)
+        print(f"{hosts} hosts measured", flush=True)
+
+
+# ---- comparing ----------------------------------------------------------------------------------------------------
+
+def fitted(run):
+    """The link that a ping-pong shows: latency of a small message, bandwidth by what a longer one takes more."""
+    one_way_s = {int(nbytes): seconds for nbytes, seconds in run["ping_pong"].items()}
+    low, high = LARGE_NBYTES
+    return Link(one_way_s[SMALL_NBYTES], (one_way_s[high] - one_way_s[low]) / (high - low))
+
+
+def simulated_allreduce_s(shape, link, settings, nbytes):
+    simulation = Simulation(shape, link, link, settings)
+    choice = select("allreduce", nbytes, shape, settings)
+    for rank in range(shape.size):
+        simulation.allreduce(rank, 1, nbytes // 4, choice=choice)
+    while simulation.next().kind is not EventKind.IDLE:
+        end_s = simulation.now_s
+    simulation.close()
+    return end_s
+
+
+def simulated_step_s(shape, link, settings, work, steps):
+    layers = [TrainingLayer(*times_s, tuple(counts)) for times_s, counts in zip(work["times_s"], work["counts"])]
+    schedule = SCHEDULES[work["schedule"]]
+    simulation = Simulation(shape, link, link, settings)
+    times_s = simulate_training(layers, simulation, steps, schedule, schedule.messages(work["counts"], work["shrink"]))
+    simulation.close()
+    return statistics.median(times_s)
+
+
+def rows(runs, run):
+    """(what, measured seconds, simulated seconds) of all that one run measured."""
+    link = fitted(next(one for one in runs if one["hosts"] == 2 and one["rate_mbit"] == run["rate_mbit"]))
+    shape, settings = Shape((1,) * run["hosts"]), Settings.from_json(run["settings"])
+    for nbytes in run["order"]["allreduce"]:
+        measured_s = max(statistics.median(rank[str(nbytes)]) for rank in run["allreduce"])
+        yield f"all-reduce of {nbytes >> 20} MiB", measured_s, simulated_allreduce_s(shape, link, settings, nbytes)
+    for work in run["order"]["trainings"]:
+        name = f"{work['model']} {work['schedule']}"
+        measured_s = max(statistics.median(rank[name]) for rank in run["steps"])
+        yield name, measured_s, simulated_step_s(shape, link, settings, work, run["order"]["steps"])
+
+
+def compare(arguments):
+    runs = list(json.loads(pathlib.Path(arguments.file).read_text())["runs"].values())
+    runs.sort(key=lambda run: (run["hosts"], -run["rate_mbit"]))
+    errors = []
+    print("| hosts, links | what | measured ms | simulated ms | simulated / measured |\n| --- | --- | ---: | ---: | ---: |")
+    for run in runs:
+        if run["hosts"] not in arguments.hosts:
+            continue
+        for what, measured_s, simulated_s in rows(runs, run):
+            errors.append((abs(simulated_s / measured_s - 1), run["hosts"], what))
+            print(f"| {run['hosts']}, {run['rate_mbit']} Mbit/s | {what} | {1e3 * measured_s:.1f} | {1e3 * simulated_s:.1f} "
+                  f"| {simulated_s / measured_s:.3f} |", flush=True)  # fmt: skip
+    within = sum(error <= 0.1 for error, *_ in errors)
+    worst = max(errors)
+    print(f"\n{len(errors)} comparisons: median {100 * statistics.median(error for error, *_ in errors):.1f} % apart, {within} "
+          f"within 10 %, at most {100 * worst[0]:.1f} % ({worst[2]} on {worst[1]})")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    measuring = commands.add_parser("measure")
+    measuring.add_argument("--hosts", type=int, nargs="+", required=True, metavar="N")
+    measuring.add_argument("--rate-mbit", type=int, default=1000, help="of each link and direction")
+    measuring.add_argument("--models", nargs="+", choices=SHRINK, default=list(SHRINK))
+    measuring.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
+    measuring.add_argument("--steps", type=int, default=5)
+    measuring.add_argument("--name", default="truth", help="prefix of the namespaces")
+    measuring.add_argument("--output", required=True, metavar="FILE", help="raw data, as JSON; other runs in it stay")
+    comparing = commands.add_parser("compare")
+    comparing.add_argument("file")
+    comparing.add_argument("--hosts", type=int, nargs="+", default=[2, 4, 8, 16], metavar="N")
+    arguments = parser.parse_args()
+    {"measure": measure, "compare": compare}[arguments.command](arguments)
+
+
+if __name__ == "__main__":
+    main()
