@@ -289,3 +289,19 @@ def absent(path):
     if rank == 2:
         return ""
     return refused(begin, path, 2)
+
+
+def between_hosts(address):
+    """Two hosts of two ranks, which meet in a TCPStore: all links, and what the ranks know of each other."""
+    rank, size = place()
+    store = dist.TCPStore(address, 29571, size, rank == 0, timeout=timedelta(seconds=30), wait_for_workers=False)
+    dist.init_process_group("commlib", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
+    communicator = dist.group.WORLD.communicator
+    for count in (3, 100_000):
+        tensor = torch.full((count,), float(rank))
+        dist.all_reduce(tensor)
+        assert torch.equal(tensor, torch.full((count,), 6.0))
+    points()
+    dist.barrier()
+    dist.destroy_process_group()
+    return communicator.host_sizes, sorted(communicator.transports.values())

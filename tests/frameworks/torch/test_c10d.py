@@ -1,8 +1,14 @@
 """commlib as a backend of torch.distributed: every collective beside gloo's, works, groups, errors."""
 
+import os
+
 import pytest
 from starting import start
 from support import Died
+from support_hosts import Hosts, why_not
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+NO_HOSTS = why_not()
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +42,15 @@ def test_over_tcp(tmp_path):
         assert min(ranks.call("c10d_collectives:compare")) > 300
         ranks.call("c10d_cases:points")
         ranks.call("c10d_collectives:end")
+
+
+def test_between_hosts(monkeypatch):
+    if NO_HOSTS:
+        pytest.skip(NO_HOSTS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH", "")])))
+    with Hosts(2) as hosts, hosts.start(per_host=2, initialize=False) as ranks:
+        for host_sizes, transports in ranks.call("c10d_cases:between_hosts", hosts.addresses[0]):
+            assert host_sizes == (2, 2) and transports == ["shm", "tcp", "tcp"]
 
 
 def test_mismatches_are_told_on_every_rank(ranks):
