@@ -47,6 +47,21 @@ def test_opposite_orders(ranks, reverse_odd):
     ranks.call("test_collectives:order_cases", reverse_odd)
 
 
+def group_of_some():
+    """The bytes of a group are moved by commlib's own engine, with its bits."""
+    communicator = commlib.communicator()
+    assert communicator.backend == "gloo"
+    group = communicator.group([0, 1] if communicator.rank < 2 else [2])
+    assert group.backend == "native"
+    tensor = torch.full((5000,), communicator.rank + 1.0)
+    group.allreduce_(comm.tensors.buffer_of(tensor), name="of some", op=comm.Sum)
+    assert tensor.unique().tolist() == [3.0]
+
+
+def test_groups_move_their_own_bytes(ranks):
+    ranks.call("test_gloo:group_of_some")
+
+
 def overtake():
     """A small urgent operation behind a big one is done long before it."""
     big, small = torch.ones(30_000_000), torch.ones(10)
