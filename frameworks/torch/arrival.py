@@ -19,7 +19,7 @@ class Arrival:
         for arrival in arrivals_of(gradient.parameter):
             if arrival.exchange is not exchange:
                 arrival.retire()
-        # A bound method, as an object with __call__ takes torch 0.25 us longer to call.
+        # A bound method, as torch takes 0.25 us longer to call an object with __call__.
         self._registration = gradient.parameter.register_post_accumulate_grad_hook(self.came)
 
     def came(self, parameter):

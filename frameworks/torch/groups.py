@@ -197,7 +197,7 @@ class Group:
             raise RuntimeError(CHANGED_IN_FLIGHT.format(name))
 
     def lie_plainly(self, tensors):
-        """Whether the bytes of all, which are ordinary, are those of the members: to copy bytes costs a third."""
+        """Whether the bytes of all, which are ordinary, are those of the members: copied as bytes, they cost less."""
         return (len(tensors) > 1 and not self.dtype.is_complex and all(map(_IS_CONTIGUOUS, tensors))
                 and not any(map(_IS_NEGATED, tensors)) and list(map(_NBYTES_OF, tensors)) == self._piece_nbytes)  # fmt: skip
 
