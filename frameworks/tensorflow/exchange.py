@@ -67,7 +67,7 @@ class Exchange:
             self._chosen = _chosen(self.groups, variables)
         sparse = [number for number, gradient in gradients.items() if self._is_sparse(gradient)]
         dense = [number for number in gradients if number not in sparse]
-        wires = {number: self.reduction.compression.compress(self._dense(gradients[number])) for number in dense}
+        wires = {number: self.reduction.compression.compress(_dense(gradients[number], variables[number])) for number in dense}
         made = [self._of_slices(number, gradients[number], places[number]) for number in sparse]
         made += [self._of_group(group, {number: wires[number] for number in group}, min(places[number] for number in group))
                  for group in self._groups(sorted(dense), {number: wire for number, (wire, _) in wires.items()})]  # fmt: skip
@@ -75,9 +75,6 @@ class Exchange:
 
     def _is_sparse(self, gradient):
         return isinstance(gradient, tf.IndexedSlices) and not self.reduction.sparse_as_dense
-
-    def _dense(self, gradient):
-        return as_tensor(gradient, "gradients")
 
     def _groups(self, numbers, wires):
         """Numbers that travel together, as lists."""
@@ -125,6 +122,14 @@ class Exchange:
 
         names = [f"{self.name}.{which} {part}" for part in ("values", "indices")]
         return Parcel("allgather", [wire, as_tensor(slices.indices, "gradients")], names, priority, open)
+
+
+def _dense(gradient, variable):
+    """The gradient as a tensor whose shape is known."""
+    tensor = as_tensor(gradient, "gradients")
+    if not tf.executing_eagerly():
+        tensor.set_shape(variable.shape)
+    return tensor
 
 
 def _neighbours(numbers, wires):

@@ -90,7 +90,17 @@ def waited_for(parcels, process_set):
         made = iter(make_all(kind, [tensor for parcel in mine for tensor in parcel.tensors],
                              [name for parcel in mine for name in parcel.names], process_set, wishes))  # fmt: skip
         results.update({id(parcel): [next(made) for _ in parcel.tensors] for parcel in mine})
+        if kind == "allreduce":
+            results.update({id(parcel): [known(results[id(parcel)][0], parcel.tensors[0].shape)] for parcel in mine})
     return [results[id(parcel)] for parcel in parcels]
+
+
+def known(result, shape):
+    """A result whose shape is known also to TensorFlow's rewriting of graphs.
+
+    How that orders arithmetic, and so the bits, depends on shapes: steps that wait and steps that do not shall look alike.
+    """
+    return result if tf.executing_eagerly() or not shape.is_fully_defined() else tf.ensure_shape(result, shape)
 
 
 def numbers_of(optimizer, variables):
@@ -104,6 +114,11 @@ def build(optimizer, variables):
         with tf.init_scope(), keras.name_scope(optimizer.name, caller=optimizer):
             optimizer.build(list(variables))
         optimizer.built = True
+
+
+def apply_reduced(optimizer, gradients, variables):
+    """A distributed optimizer's update with gradients that are all ranks' already."""
+    optimizer._commlib_apply(gradients, variables)
 
 
 class _Distributed:
@@ -125,6 +140,9 @@ class _Distributed:
         if not self.gradient_accumulation_steps:
             gradients = state.reduce(self, gradients, variables)
         return super().apply(gradients, variables)
+
+    def _commlib_apply(self, gradients, variables):
+        super().apply(gradients, variables)
 
     def _backend_apply_gradients(self, grads, trainable_variables):
         if self.gradient_accumulation_steps:

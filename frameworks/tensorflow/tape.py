@@ -48,6 +48,10 @@ class Reduction:
         """Whether its gradient is this rank's own."""
         return id(variable_of(source)) in self._local
 
+    def has_local(self):
+        """Whether there are such variables."""
+        return bool(self._local)
+
     @as_it_is
     def reduce(self, gradients, sources, name, priorities=None):
         """The gradients of all ranks; None stays None.

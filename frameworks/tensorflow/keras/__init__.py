@@ -18,6 +18,7 @@ from commlib.tensorflow import (
     local_rank, local_size, mpi_built, mpi_enabled, mpi_threads_supported, nccl_built, rank, remove_process_set, rocm_built,
     shutdown, size, start_timeline, stop_timeline,
 )  # fmt: skip
+from commlib.tensorflow.forward_overlap import enable_forward_overlap, synchronize
 from commlib.tensorflow.keras import callbacks
 from commlib.tensorflow.optimizer import DistributedOptimizer, PartialDistributedOptimizer
 
@@ -68,8 +69,9 @@ __all__ = [
     "Adasum", "Average", "CommlibError", "Compression", "DistributedOptimizer", "HorovodInternalError", "Max", "Min",
     "PartialDistributedOptimizer", "ProcessSet", "Product", "Sum", "add_process_set", "allgather", "allgather_object",
     "allreduce", "broadcast", "broadcast_", "broadcast_global_variables", "broadcast_object", "broadcast_variables",
-    "callbacks", "ccl_built", "cross_rank", "cross_size", "cuda_built", "ddl_built", "global_process_set", "gloo_built",
-    "gloo_enabled", "init", "is_homogeneous", "is_initialized", "load_model", "local_rank", "local_size", "mpi_built",
-    "mpi_enabled", "mpi_threads_supported", "nccl_built", "rank", "reducescatter", "remove_process_set", "rocm_built",
-    "shutdown", "size", "start_timeline", "stop_timeline",
+    "callbacks", "ccl_built", "cross_rank", "cross_size", "cuda_built", "ddl_built", "enable_forward_overlap",
+    "global_process_set", "gloo_built", "gloo_enabled", "init", "is_homogeneous", "is_initialized", "load_model",
+    "local_rank", "local_size", "mpi_built", "mpi_enabled", "mpi_threads_supported", "nccl_built", "rank",
+    "reducescatter", "remove_process_set", "rocm_built", "shutdown", "size", "start_timeline", "stop_timeline",
+    "synchronize",
 ]  # fmt: skip

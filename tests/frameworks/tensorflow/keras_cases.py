@@ -109,6 +109,8 @@ def made(case, distribute=None):
     model, optimizer = new_model(), new_optimizer()
     optimizer = optimizer if distribute is None else distribute(optimizer)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), **{"metrics": ["accuracy"], **options})
+    if model.built and case == "loss scaling":
+        model.optimizer.build(model.trainable_variables)  # else Keras takes its first scale for a constant
     return model
 
 
@@ -155,6 +157,19 @@ def against_one_process(case):
     alone = made(case)
     fit(alone, case, 0, 1)
     return difference(model.get_weights(), alone.get_weights()), digest(state(model))
+
+
+def overlapped(case):
+    """The same as `trained`, with forward overlap; and whether updates were pending between steps."""
+    pending = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            pending.append(self.model._commlib_overlap.is_pending)
+
+    model = comm.enable_forward_overlap(made(case, comm.DistributedOptimizer))
+    fit(model, case, comm.rank(), comm.size(), callbacks=Watch())
+    return model, pending
 
 
 def names():
