@@ -288,7 +288,7 @@ def absent(path):
     rank, size = place()
     if rank == 2:
         return ""
-    return refused(begin, path, 2)
+    return refused(begin, path, 4)
 
 
 def between_hosts(address):
