@@ -3,6 +3,7 @@
 The engine finds them and finds the words (native/stall.c); a thread of this file takes them out and hands them to logging.
 """
 
+import functools
 import logging
 import threading
 import weakref
@@ -21,7 +22,15 @@ def watch(engine):
     Args:
         engine: a started commlib.engine.Engine, of several ranks.
     """
-    threading.Thread(target=_tell, args=(weakref.ref(engine),), name="commlib-stalls", daemon=True).start()
+    thread = threading.Thread(target=_tell, args=(weakref.ref(engine),), name="commlib-stalls", daemon=True)
+    thread.start()
+    engine.ended.append(functools.partial(_wait_for, thread))
+
+
+def _wait_for(thread):
+    """After a shutdown nothing of ours is left; unless it is this thread that has dropped the engine."""
+    if thread is not threading.current_thread():
+        thread.join(_SLICE_S)
 
 
 def _tell(reference):
