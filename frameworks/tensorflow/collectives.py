@@ -11,7 +11,7 @@ from commlib.compressor import checked_compression
 from commlib.ops import check_op, op_of
 from commlib.process_sets import global_process_set
 from commlib.tensorflow.compression import Compression
-from commlib.tensorflow.operations import as_it_is, as_tensor, make, make_all, number
+from commlib.tensorflow.operations import as_it_is, as_tensor, make, make_all, number, place_of
 
 
 @as_it_is
@@ -71,16 +71,15 @@ def grouped_allreduce(tensors, average=None, device_dense="", device_sparse="", 
         A list of new tensors.
     """
     tensors = list(tensors)
-    names = _names("grouped_allreduce" if name is None else name, tensors)
+    names = _names(name, "grouped_allreduce", tensors)
     priorities = range(len(tensors)) if priorities is None else priorities
     return _reduced(tensors, names, op_of(average, op), compression, (prescale_factor, postscale_factor), process_set,
                     priorities, "grouped_allreduce", len(tensors) > 1)  # fmt: skip
 
 
-def _names(name, tensors):
-    """One for each tensor. In a graph its own name, as two lists there must not share names."""
-    if not tf.executing_eagerly():
-        name = tf.compat.v1.get_default_graph().unique_name(name)
+def _names(name, what, tensors):
+    """One for each tensor; those of lists without a name must differ within a function."""
+    name = place_of(what) if name is None else name
     return [f"{name}.{place}" for place in range(len(tensors))]
 
 
@@ -171,7 +170,7 @@ def allgather(tensor, name=None, ignore_name_scope=False, process_set=global_pro
 def grouped_allgather(tensors, name=None, ignore_name_scope=False, process_set=global_process_set):
     """As `allgather` of each tensor of a list, all at the same time. Returns a list of new tensors. Differentiable."""
     tensors = [_rows(tensor, "grouped_allgather") for tensor in tensors]
-    names = _names("grouped_allgather" if name is None else name, tensors)
+    names = _names(name, "grouped_allgather", tensors)
     return [_with_rows(*pair) for pair in zip(make_all("allgather", tensors, names, process_set), tensors)]
 
 
@@ -194,7 +193,7 @@ def grouped_reducescatter(tensors, device_dense="", compression=Compression.none
     pairs = [compression.compress(_rows(tensor, "grouped_reducescatter")) for tensor in tensors]
     tensors = [tensor for tensor, _ in pairs]
     check_reduction(op, tensors)
-    names = _names("grouped_reducescatter" if name is None else name, tensors)
+    names = _names(name, "grouped_reducescatter", tensors)
     results = make_all("reducescatter", tensors, names, process_set, op=op,
                        scales=(float(prescale_factor), float(postscale_factor)))  # fmt: skip
     return [compression.decompress(_with_rows(result, tensor), ctx) for result, (tensor, ctx) in zip(results, pairs)]

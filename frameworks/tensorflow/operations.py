@@ -5,6 +5,7 @@ This file makes one op; what is done before and after (scaling, compression, lis
 
 import contextlib
 import functools
+import re
 import weakref
 
 import tensorflow as tf
@@ -44,7 +45,7 @@ def make(kind, tensor=None, name=None, process_set=global_process_set, splits=No
         with translating():
             return _op(kind, inputs, Wish(kind, name, set_id, **wish).text())
     if name is None:
-        name = _place(tf.compat.v1.get_default_graph(), kind, tensor)
+        name = place_of(f"commlib_{kind}")
     return _free_op(kind, inputs, Wish(kind, name, set_id, **wish).text())
 
 
@@ -188,10 +189,32 @@ def _check_compiler(graph, kind):
                          "compile(jit_compile=False)")  # fmt: skip
 
 
-def _place(graph, kind, tensor):
-    """A name for an op without one: the same in the same program on every rank, another for each op of a function."""
-    of = "" if tensor is None else "_" + tensor.name.replace(":", "_")
-    return f"{getattr(graph, 'name', 'graph')}/{graph.unique_name(f'Commlib{kind}{of}', mark_as_used=True)}"
+def place_of(word):
+    """A name for what has none: in a function the function's, and its number among those of this word there; else the word.
+
+    So it does not depend on what else a rank puts into the function.
+    """
+    if tf.executing_eagerly():
+        return word
+    graph = tf.compat.v1.get_default_graph()
+    return f"{_path(graph)}/{graph.unique_name(word)}"
+
+
+def _path(graph):
+    """A graph's name, after those of the graphs around it. TensorFlow's names have numbers in them of all that the process has
+    ever made; here graphs of one name within another are counted in the order in which they get collectives."""
+    name = re.sub("_[0-9]+(?=_|$)", "", getattr(graph, "name", ""))
+    outer = getattr(graph, "outer_graph", None)
+    if not hasattr(outer, "outer_graph"):
+        return name
+    known = _inner.setdefault(outer, {}).setdefault(name, [])
+    if all(one() is not graph for one in known):
+        known.append(weakref.ref(graph))
+    number = next(number for number, one in enumerate(known) if one() is graph)
+    return f"{_path(outer)}/{name}.{number}"
+
+
+_inner = weakref.WeakKeyDictionary()  # graph -> {name: weak references to the graphs of this name within it}
 
 
 def _let_run_freely(graph, made):

@@ -10,7 +10,7 @@ from commlib.ops import check_op
 from commlib.process_sets import global_process_set
 from commlib.tensorflow.collectives import grouped_allreduce
 from commlib.tensorflow.compression import Compression
-from commlib.tensorflow.operations import as_it_is, number
+from commlib.tensorflow.operations import as_it_is, number, place_of
 
 
 class Reduction:
@@ -59,7 +59,7 @@ class Reduction:
         Args:
             gradients: tensors, tf.IndexedSlices and None.
             sources: what they are gradients of, in the order of the forward pass as far as one knows it.
-            name: the first part of the operations' names, equal on all ranks.
+            name: a word in the operations' names, equal on all ranks.
             priorities: one per gradient, lower is needed first; None: by place.
 
         Returns:
@@ -72,7 +72,7 @@ class Reduction:
         dense = [tf.convert_to_tensor(gradients[place]) if self.sparse_as_dense else gradients[place] for place in sent]
         factor = self.predivide_factor
         reduced = grouped_allreduce(dense, op=self.op, compression=self.compression, prescale_factor=1.0 / factor,
-                                    postscale_factor=factor, process_set=self.process_set, name=name,
+                                    postscale_factor=factor, process_set=self.process_set, name=place_of(name),
                                     priorities=[priorities[place] for place in sent])  # fmt: skip
         for place, gradient in zip(sent, reduced):
             gradients[place] = gradient

@@ -7,7 +7,7 @@ import tensorflow as tf
 import commlib
 from commlib.process_sets import global_process_set
 from commlib.tensorflow.collectives import allgather, broadcast
-from commlib.tensorflow.operations import DTYPES, as_it_is, make_all
+from commlib.tensorflow.operations import DTYPES, as_it_is, make_all, place_of
 
 # What commlib does not reduce still has bits that can be sent.
 _CARRIERS = {tf.uint16: tf.int16, tf.uint32: tf.int32, tf.uint64: tf.int64, tf.complex64: tf.float32, tf.complex128: tf.float64}
@@ -20,7 +20,8 @@ def _told(variables, root_rank, process_set):
         if value.dtype not in DTYPES and value.dtype not in _CARRIERS:
             raise ValueError(f"variable {place} has dtype {value.dtype.name}, which cannot be broadcast: use broadcast_object")
     wires = [tf.bitcast(value, _CARRIERS[value.dtype]) if value.dtype in _CARRIERS else value for value in values]
-    names = [f"broadcast_variables.{place}" for place in range(len(values))]
+    name = place_of("broadcast_variables")
+    names = [f"{name}.{place}" for place in range(len(values))]
     told = make_all("broadcast", wires, names, process_set, root=root_rank)
     return [tf.bitcast(one, value.dtype) if value.dtype in _CARRIERS else one for one, value in zip(told, values)]
 

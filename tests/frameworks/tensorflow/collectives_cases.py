@@ -171,6 +171,28 @@ def unequal_work(graph):
     return lasts
 
 
+def ranks_with_more_to_do():
+    """Rank 0 makes more ops than others, before a function, in it, and before its gradient: names are the same all the same."""
+    rank, size = comm.rank(), comm.size()
+    for i in range(7 * (size - rank)):
+        tf.function(lambda x, i=i: x + i, autograph=False)(tf.ones(1))
+
+    @tf.function(autograph=False)
+    def function(x):
+        for _ in range(3 * (size - rank)):
+            x = x + 1.0 - 1.0
+        y = comm.allreduce(x, op=comm.Sum)
+        return tf.while_loop(lambda i, _: i < 3, lambda i, z: (i + 1, comm.allreduce(z) + 1.0), (0, y))[1]
+
+    for _ in range(2):
+        x = tf.ones(2)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = function(x)
+        assert y.numpy().tolist() == [size + 3.0] * 2
+        assert tape.gradient(y, x).numpy().tolist() == [float(size)] * 2
+
+
 def state():
     """Variables of every kind, and objects."""
     rank = comm.rank()

@@ -58,6 +58,10 @@ def test_ranks_with_unequal_work(tensorflow_ranks, graph):
     assert tensorflow_ranks(3).call("collectives_cases:unequal_work", graph) == [[2, 2]] * 3
 
 
+def test_ranks_whose_functions_differ_otherwise(tensorflow_ranks):
+    tensorflow_ranks(3).call("collectives_cases:ranks_with_more_to_do")
+
+
 def test_state(tensorflow_ranks):
     for values, told, gathered in tensorflow_ranks(3).call("collectives_cases:state"):
         assert values == [[1.0, 1.0], [1], True, [1]]
