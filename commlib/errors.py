@@ -90,8 +90,8 @@ def error_of(status, text="", peer=-1):
 # Of subclasses first.
 _STATUS_OF_ERROR = (
     (MismatchError, lib.CL_MISMATCH), (PeerLostError, lib.CL_PEER_LOST), (PeerLeftError, lib.CL_PEER_LEFT),
-    (ShutdownError, lib.CL_SHUTDOWN), (ForkedError, lib.CL_FORKED), (CommlibError, lib.CL_SYSTEM),
-    (MemoryError, lib.CL_NO_MEMORY), (BaseException, lib.CL_INVALID),
+    (ShutdownError, lib.CL_SHUTDOWN), (ForkedError, lib.CL_FORKED), (JoinedError, lib.CL_JOINED),
+    (StalledError, lib.CL_STALLED), (CommlibError, lib.CL_SYSTEM), (MemoryError, lib.CL_NO_MEMORY), (BaseException, lib.CL_INVALID),
 )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ TF_Code code_of(int32_t status)
     static const std::unordered_map<int32_t, TF_Code> codes = {
         {CL_INVALID, TF_INVALID_ARGUMENT}, {CL_NO_MEMORY, TF_RESOURCE_EXHAUSTED}, {CL_MISMATCH, TF_FAILED_PRECONDITION},
         {CL_PEER_LOST, TF_ABORTED},        {CL_PEER_LEFT, TF_ABORTED},            {CL_SHUTDOWN, TF_ABORTED},
-        {CL_FORKED, TF_ABORTED},
+        {CL_FORKED, TF_ABORTED},           {CL_JOINED, TF_FAILED_PRECONDITION},   {CL_STALLED, TF_ABORTED},
     };
     auto found = codes.find(status);
     return found == codes.end() ? TF_INTERNAL : found->second;

@@ -52,7 +52,7 @@ def allreduce(tensor, average=None, device_dense="", device_sparse="", compressi
         array([1., 1.], dtype=float32)
         >>> comm.shutdown()
     """
-    return _reduced([tensor], [name], op_of(average, op), compression, (prescale_factor, postscale_factor), process_set,
+    return _reduced([tensor], [name], _op_of(average, op), compression, (prescale_factor, postscale_factor), process_set,
                     [priority], "allreduce", False)[0]  # fmt: skip
 
 
@@ -73,8 +73,14 @@ def grouped_allreduce(tensors, average=None, device_dense="", device_sparse="", 
     tensors = list(tensors)
     names = _names(name, "grouped_allreduce", tensors)
     priorities = range(len(tensors)) if priorities is None else priorities
-    return _reduced(tensors, names, op_of(average, op), compression, (prescale_factor, postscale_factor), process_set,
+    return _reduced(tensors, names, _op_of(average, op), compression, (prescale_factor, postscale_factor), process_set,
                     priorities, "grouped_allreduce", len(tensors) > 1)  # fmt: skip
+
+
+def _op_of(average, op):
+    if op is commlib.Adasum:
+        raise ValueError("op=Adasum is not supported here yet: use Average or Sum")
+    return op_of(average, op)
 
 
 def _names(name, what, tensors):
