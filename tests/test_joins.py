@@ -57,6 +57,9 @@ def run_program(seed):
     rank = communicator.rank
     program, wrong, lasts = Program(seed, communicator.size), [], []
     groups = {}
+    for members in {tuple(tensor[-1]): None for tensor in program.tensors}:  # in one order, on every member, work or not
+        if rank in members:
+            groups[members] = communicator if len(members) == communicator.size else communicator.group(members)
     for number, steps in enumerate(program.rounds):
         flying = []
         for step in range(steps[rank]):
@@ -66,9 +69,6 @@ def run_program(seed):
                 name, dtype, count, op, prescale, overlapped, members = tensor
                 if rank not in members:
                     continue
-                if tuple(members) not in groups:
-                    whole = len(members) == communicator.size
-                    groups[tuple(members)] = communicator if whole else communicator.group(members)
                 array = program.contribution(rank, step, dtype, count)
                 handle = groups[tuple(members)].allreduce_async_(
                     array, name=f"{name} of {step % 2}", op=getattr(commlib, op), prescale_factor=prescale, priority=step,
@@ -188,6 +188,21 @@ def test_a_rank_that_has_joined_submits_nothing(tmp_path):
         results = ranks.call(submit_while_joined, str(tmp_path / "seen"))
     assert len(results[1][0]) == 3 and all("this rank has joined" in text for text in results[1][0])
     assert [result[1] for result in results] == [2.0, 2.0]
+
+
+def reduce_in_a_group():
+    """Rank 0 joins without having made the group of which it is a member."""
+    communicator, results = commlib.communicator(), []
+    if communicator.rank == 1:
+        group = communicator.group([1, 0])
+        results = [group.allreduce(np.full(9, 4.0), op=op)[0] for op in (commlib.Sum, commlib.Average, commlib.Min)]
+    communicator.join()
+    return results
+
+
+def test_a_group_that_the_joined_rank_never_made():
+    with Ranks(3, transport="shm") as ranks:
+        assert ranks.call(reduce_in_a_group) == [[], [4.0, 2.0, 4.0], []]
 
 
 def join_of_a_group():
