@@ -19,7 +19,7 @@ BUILDS = {
     "threads": ["-O1", "-g", "-fsanitize=thread"],
 }
 ARGUMENTS = {"engine_test": [], "faults_test": [], "memory_test": [], "shared_test": [], "ticket_test": [],
-             "queue_test": [], "stall_test": [], "hostile_test": ["1", "150"]}
+             "queue_test": [], "stall_test": [], "join_test": [], "hostile_test": ["1", "150"]}
 HELPERS = ["world.c", "storm.c", "storm_end.c", "tasks.c"]
 SEEDS = {"plain": (10000, 5), "address and undefined behaviour": (600, 1), "threads": (50, 1)}  # in all, in so many parts
 PROCESSES = {"plain": 500, "address and undefined behaviour": 60, "threads": 60}
