@@ -44,19 +44,24 @@ LONGEST_S = 230
 
 # ---- measuring ----------------------------------------------------------------------------------------------------
 
+def counts_of(model):
+    """Elements that travel of each tensor of each layer."""
+    return [[max(1, tensor.parameters // SHRINK[model]) for tensor in layer.tensors] for layer in models.MODELS[model]()]
+
+
 def trainings(arguments, hosts, payload_bytes_per_s):
     """What is trained: compute as long as the links need for all gradients."""
-    works = []
-    for model in arguments.models:
-        shrink, layers = SHRINK[model], models.MODELS[model]()
-        counts = [[max(1, tensor.parameters // shrink) for tensor in layer.tensors] for layer in layers]
-        compute_s = 2 * (hosts - 1) / hosts * 4 * sum(map(sum, counts)) / payload_bytes_per_s
-        flops = sum(layer.forward_flops for layer in layers)
-        times_s = [(compute_s * FORWARD_SHARE * layer.forward_flops / flops,
-                    compute_s * (1 - FORWARD_SHARE) * layer.forward_flops / flops) for layer in layers]  # fmt: skip
-        works += [{"model": model, "schedule": schedule, "shrink": shrink, "counts": counts, "times_s": times_s}
-                  for schedule in arguments.schedules]  # fmt: skip
-    return works
+    return [{"model": model, "schedule": schedule, "shrink": SHRINK[model],
+             "compute_s": 2 * (hosts - 1) / hosts * 4 * sum(map(sum, counts_of(model))) / payload_bytes_per_s}
+            for model in arguments.models for schedule in arguments.schedules]  # fmt: skip
+
+
+def detailed(work):
+    """A training with each layer's tensors and times."""
+    layers = models.MODELS[work["model"]]()
+    share = work["compute_s"] / sum(layer.forward_flops for layer in layers)
+    times_s = [(FORWARD_SHARE * share * layer.forward_flops, (1 - FORWARD_SHARE) * share * layer.forward_flops) for layer in layers]
+    return {**work, "counts": counts_of(work["model"]), "times_s": times_s}
 
 
 def measure(arguments):
@@ -66,7 +71,7 @@ def measure(arguments):
             order = {"ping_pong": [SMALL_NBYTES, *LARGE_NBYTES], "rounds": 9, "allreduce": ALLREDUCE_NBYTES, "repeats": 5,
                      "steps": arguments.steps, "trainings": trainings(arguments, hosts, cluster.payload_bytes_per_s)}  # fmt: skip
             path = pathlib.Path(folder, "order")
-            path.write_text(json.dumps(order))
+            path.write_text(json.dumps({**order, "trainings": [detailed(work) for work in order["trainings"]]}))
             results = [pathlib.Path(folder, f"rank{rank}") for rank in range(hosts)]
             program = [sys.executable, str(HERE / "truth_rank.py"), str(path)]
             wait_for([cluster.start(rank, [*program, str(result)], environment(cluster, rank, hosts))
@@ -118,7 +123,7 @@ def rows(runs, run):
     for work in run["order"]["trainings"]:
         name = f"{work['model']} {work['schedule']}"
         measured_s = max(statistics.median(rank[name]) for rank in run["steps"])
-        yield name, measured_s, simulated_step_s(shape, link, settings, work, run["order"]["steps"])
+        yield name, measured_s, simulated_step_s(shape, link, settings, detailed(work), run["order"]["steps"])
 
 
 def compare(arguments):
