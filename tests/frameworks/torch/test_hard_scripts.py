@@ -7,11 +7,12 @@ from hard_scripts import CASES
 # float32 and bfloat16: sums over rows in another order.
 NOT_AS_ALONE = {"long_run"}
 WAITED_FOR = {"halves": "step(closure)"}
-SLOW = {"traced"}  # torch.export takes seconds, and knows nothing of optimizers
+# torch.export takes seconds, and knows nothing of optimizers; so does bfloat16 on a CPU.
+OPTIMIZERS = {"traced": ("adamw",), "long_run": ("sgd", "adamw")}
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("size", [2, 3])
 def test_script(torch_ranks, size, case):
     check(torch_ranks(size), "hard_scripts", case, as_alone=case not in NOT_AS_ALONE, waited_for=WAITED_FOR.get(case),
-          optimizers=("adamw",) if case in SLOW else None)  # fmt: skip
+          optimizers=OPTIMIZERS.get(case))  # fmt: skip

@@ -109,7 +109,7 @@ def test_a_look_in_the_midst_of_backward_sends_nothing(look):
 
 
 def test_threads_that_evaluate_all_the_time():
-    data = batches(60, rows=4)
+    data = batches(25, rows=4)
     results = []
     for watchers in (0, 3):
         model = make(Plain)
