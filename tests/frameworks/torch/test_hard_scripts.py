@@ -7,7 +7,7 @@ from hard_scripts import CASES
 # float32 and bfloat16: sums over rows in another order.
 NOT_AS_ALONE = {"long_run"}
 WAITED_FOR = {"halves": "step(closure)"}
-# torch.export takes seconds, and knows nothing of optimizers; so does bfloat16 on a CPU.
+# torch.export, and the first bfloat16 of a process, take seconds; both know nothing of optimizers.
 OPTIMIZERS = {"traced": ("adamw",), "long_run": ("sgd", "adamw")}
 
 
