@@ -109,8 +109,6 @@ def made(case, distribute=None):
     model, optimizer = new_model(), new_optimizer()
     optimizer = optimizer if distribute is None else distribute(optimizer)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), **{"metrics": ["accuracy"], **options})
-    if model.built and case == "loss scaling":
-        model.optimizer.build(model.trainable_variables)  # else Keras takes its first scale for a constant
     return model
 
 
