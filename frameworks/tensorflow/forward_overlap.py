@@ -17,6 +17,7 @@ import threading
 import keras
 import tensorflow as tf
 
+from commlib import CommlibError
 from commlib.tensorflow.first_use import places_by_first_use
 from commlib.tensorflow.native import drop_begun
 from commlib.tensorflow.operations import as_it_is, begin, finish, translating
@@ -123,18 +124,20 @@ class Overlap:
 
     def _run(self, iterator):
         """The model's train function."""
-        self._landing, self._begun = self.is_pending, False
-        function = self._functions[1 if self._landing else 0]
-        with _Inside(self):
-            try:
-                with translating():
-                    result = function(iterator)
-            except (StopIteration, tf.errors.OutOfRangeError):
-                raise  # before anything was done: updates wait for the batch
-            except BaseException:
-                self.is_pending = False
+        landing, self._landing, self._begun = self.is_pending, self.is_pending, False
+        self.is_pending = False  # other threads find nothing to do meanwhile
+        try:
+            with _Inside(self), translating():
+                result = self._functions[1 if landing else 0](iterator)
+        except (CommlibError, tf.errors.OpError) as error:
+            if isinstance(error, tf.errors.OutOfRangeError):
+                self.is_pending = landing  # the data ended before anything was done
+            else:
                 drop_begun()
-                raise
+            raise
+        except BaseException:
+            self.is_pending = landing  # ditto, or the step could not be traced
+            raise
         self.is_pending = self._record is not None
         return result
 
