@@ -30,8 +30,8 @@ def collective_cases():
         me, size, members = group.rank, group.size, group.ranks
         assert members[me] == commlib.rank() and size == len(members)
         for dtype, op, shape in itertools.product(DTYPES, commlib.ReduceOp, SHAPES):
-            if dtype == "bool" and op is commlib.Average:
-                continue
+            if op is commlib.Adasum or (dtype == "bool" and op is commlib.Average):
+                continue  # Adasum is of floats alone, and has a reference of its own in its tests
             case = ("group", members, dtype, op.word, shape)
             inputs = [numbers(case, r, shape, dtype) for r in members]
             check(case, group.allreduce(inputs[me], op=op, timeout_s=20), reduced(op, inputs, dtype))
