@@ -16,6 +16,16 @@ def backend(request):
 @pytest.fixture(scope="session")
 def torch_ranks(backend):
     """torch_ranks(size): initialized ranks that can import the test modules here, started once per size and kept."""
+    yield from _kept(backend)
+
+
+@pytest.fixture(scope="module")
+def own_torch_ranks(backend):
+    """As torch_ranks, for one file: other files' tests leave operations in flight that no other rank will ever submit."""
+    yield from _kept(backend)
+
+
+def _kept(backend):
     sets = {}
 
     def get(size):
