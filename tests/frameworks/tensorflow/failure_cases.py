@@ -88,16 +88,6 @@ def without_init():
     return errors, function().numpy().tolist()
 
 
-def name_in_flight():
-    """A name that is used twice at the same time."""
-    def twice():
-        return [comm.allreduce(tf.ones(100000) * i, name="twice", op=comm.Sum) for i in range(20)]
-
-    error = error_of(twice, True)
-    assert comm.allreduce(tf.ones(1), op=comm.Sum).numpy() == comm.size()
-    return error
-
-
 def orders():
     """Every rank makes the ops of a function in an order of its own; no op waits for another."""
     ranks = range(comm.size())

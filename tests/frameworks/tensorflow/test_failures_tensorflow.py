@@ -73,12 +73,6 @@ def test_without_init(ranks):
         assert result == [SIZE] * 2
 
 
-def test_a_name_in_flight(ranks):
-    for kind, text in ranks.call("failure_cases:name_in_flight"):
-        assert kind == "InvalidArgumentError"
-        assert "allreduce 'twice' is still in flight: wait for it first, or give this one another name" in text
-
-
 def test_no_op_waits_for_another(ranks):
     ranks.call("failure_cases:orders")
 
