@@ -18,7 +18,7 @@ import torch
 
 import commlib
 from commlib.torch.storage import COPIED, PRIVATE, SMALL_NBYTES, Place, can_count, count_owners, shared_tensor
-from commlib.torch.tensors import buffer_of
+from commlib.torch.tensors import buffer_of, note_changes
 
 # A loop in C over the tensors of a group costs a fifth of one in Python.
 _VERSION_OF, _DTYPE_OF, _LAYOUT_OF, _HAS_GRAPH = map(attrgetter, ("_version", "dtype", "layout", "requires_grad"))
@@ -264,7 +264,7 @@ class Group:
             return
         if self.is_plain and self.lie_plainly(self.tensors):
             self._pieces.scatter(map(_ADDRESS_OF, self.tensors))
-            torch.autograd.graph.increment_version(self.tensors)
+            note_changes(self.tensors)
             return
         for index in self.absent:
             if self.tensors[index] is not None:

@@ -49,6 +49,15 @@ def contiguous(tensor):
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
+def note_changes(tensors):
+    """Tells autograd that tensors were changed by others; torch before 2.6 takes them one by one only."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
+
+
 def real_view(tensor):
     """A complex tensor as pairs of reals; another as it is. Sums and averages of the one are those of the other."""
     return torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor

@@ -22,7 +22,9 @@ DISTRIBUTED = f"{EXAMPLES}/torch_distributed.py"
     ([*TORCHRUN, DISTRIBUTED], "2 ranks by commlib"),
     ([*COMMRUN, DISTRIBUTED, "--fsdp"], "2 ranks by commlib"),
     ([*HOROVOD, "--fp16-allreduce", "--batches-per-allreduce", "2"], "2 ranks"),
-], ids=["DDP by torchrun", "FSDP2 by commrun", "Horovod's"])  # fmt: skip
+    ([*COMMRUN, f"{EXAMPLES}/torch_accumulation.py"], "2 ranks, 4 batches a step"),
+    ([*COMMRUN, f"{EXAMPLES}/torch_uneven.py"], "958 on an even rank"),
+], ids=["DDP by torchrun", "FSDP2 by commrun", "Horovod's", "accumulation", "uneven"])  # fmt: skip
 def test_it_learns(command, words):
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ,
