@@ -2,8 +2,8 @@
 
     commrun -np 2 python examples/torch_uneven.py
 
-Rank 0 has most of the rows. Who runs out of batches joins: he contributes zeros to what the others reduce, until all have joined; the
-last to join has the newest weights, which everybody takes. A process set of the even ranks then averages a number of its own.
+Rank 0 has most of the rows. Who runs out of batches joins: he contributes zeros to what the others reduce, until all have joined.
+The last to join has the newest weights, which everybody takes. A process set of the even ranks averages a number of its own.
 """
 
 import argparse
