@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from commlib.torch.guards import without_dynamo
 from commlib.torch.regions import compiled_regions, gate_entry
 
 COMPILED = (
@@ -298,7 +299,7 @@ def zero_grad(model, set_to_none=True):
         type(model).zero_grad(model, set_to_none)
 
 
-@torch._disable_dynamo
+@without_dynamo
 def cut_compiled_code():
     """What compiled code meets where a gate is in its midst: it is cut here, or fails if it must be one graph."""
     warnings.warn(COMPILED, stacklevel=2)

@@ -13,6 +13,9 @@ import copy
 import torch
 from torch import nn
 
+# The private one is there without the compiler's import, which takes seconds.
+without_dynamo = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
+
 _GETTERS = (
     "device", "dtype", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mkldnn", "is_mps", "is_nested",
     "is_quantized", "is_sparse", "is_xla", "is_xpu", "itemsize", "layout", "names", "nbytes", "ndim", "output_nr",
@@ -104,7 +107,7 @@ def _guarded_in(arguments):
             yield from _guarded_in(argument.values())
 
 
-@torch._disable_dynamo
+@without_dynamo
 def _noticed(function, parameters, args, kwargs):
     """Calls torch's function after whatever has to come before it."""
     if function == _READ_GRADIENT:

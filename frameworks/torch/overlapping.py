@@ -28,6 +28,10 @@ from commlib.torch.waiting import Waiting
 
 _log = logging.getLogger("commlib.torch")
 
+# What is private to torch, and what stands in where a torch has none of it.
+_graph_task = getattr(torch._C, "_current_graph_task_id", None)
+_without_guards = getattr(torch._C, "DisableTorchFunctionSubclass", None) or torch._C.DisableTorchFunction
+
 
 class Overlapping(Waiting):
     """A distributed optimizer whose updates may still be to come after step().
@@ -153,7 +157,7 @@ class Overlapping(Waiting):
     def _put_off(self):
         try:
             # Cheaper than to take the guards off and put them on again.
-            with torch._C.DisableTorchFunctionSubclass():
+            with _without_guards():
                 self.exchange.claim()
                 self._snapshots = snapshot(self.optimizer.param_groups)
                 self.gates.shut(self.exchange.groups)
@@ -369,4 +373,14 @@ class Overlapping(Waiting):
 
 def in_backward():
     """Whether autograd is running the backward pass in this thread."""
-    return torch._C._current_graph_task_id() != -1
+    if _graph_task is not None:
+        return _graph_task() != -1
+    try:
+        torch.autograd.Variable._execution_engine.queue_callback(_nothing)
+    except RuntimeError:  # "can only be installed during backward pass"
+        return False
+    return True
+
+
+def _nothing():
+    pass
