@@ -148,7 +148,7 @@ def test_without_communication_to_speak_of_compute_limits_and_ranks_multiply():
 
 @pytest.mark.parametrize("table, limit", [
     ({"ranks_per_host": 1, "between": {"latency_us": 1, "gbit_per_s": 1}}, "bandwidth"),
-    ({**FAST, "between": {"latency_us": 100_000, "gbit_per_s": 1000}}, "latency"),
+    ({**FAST, "between": {"latency_us": 200_000, "gbit_per_s": 1000}}, "latency"),
     ({**FAST, "reduction_gbyte_per_s": 0.1}, "reduction"),
     ({**PLAIN, "stragglers": {"one_in": 3, "slower": 2}}, "stragglers"),
 ], ids=["bandwidth", "latency", "reduction", "stragglers"])  # fmt: skip
