@@ -141,7 +141,7 @@ def main():
             results = run(arguments, cluster, absent)
         if arguments.output:
             add_run(arguments.output, f"{hosts} x {arguments.ranks_per_host}, {arguments.rate_mbit} Mbit/s", arguments, load,
-                    {"allreduce": results, "absent": absent,
+                    {"allreduce": results, "absent": absent, "cpu_of": "all ranks",
                      "versions": {name: versions(name) for name in results if name in PEERS}})  # fmt: skip
 
 

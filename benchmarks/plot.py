@@ -167,6 +167,7 @@ def cluster_table(records):
     lines = [["hosts x ranks, links", "bytes", "library", "milliseconds", "of the ceiling", "bytes sent per byte", "CPU s per GB"]]
     for name, run in runs.items():
         hosts, rate = int(name.split()[0]), run["arguments"]["rate_mbit"] * 1e6 / 8 * PAYLOAD_SHARE
+        of = hosts if run.get("cpu_of") == "all ranks" else 1  # earlier runs have it of rank 0 alone
         for nbytes in dict.fromkeys(size for sizes in run["allreduce"].values() for size in sizes):
             for peer, sizes in run["allreduce"].items():
                 if nbytes not in sizes:
@@ -177,7 +178,7 @@ def cluster_table(records):
                 lines.append([
                     name, size_text(int(nbytes)), peer, milliseconds(median_s) if large else f"{median_s * 1e3:.3f}",
                     f"{least_s / median_s:.3f}" if large else "", f"{sent_nbytes / int(nbytes):.2f}" if large else "",
-                    f"{cpu_s / hosts / sent_nbytes * 1e9:.2f}" if large else "",
+                    f"{cpu_s / of / sent_nbytes * 1e9:.2f}" if large and cpu_s is not None else "",
                 ])  # fmt: skip
     return "\n".join([*markdown(lines), "", *about_runs(runs)])
 
