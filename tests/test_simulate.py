@@ -164,6 +164,14 @@ def test_what_limits_has_its_name_and_less_of_it_helps_most(table, limit):
     assert gains["twice the batch"] >= 0.99
 
 
+def test_where_latency_is_all_what_needs_fewest_rounds_is_chosen():
+    """0.5 s of compute, and 0.4 s of latency on its way: with rings, which need more rounds, it would be 1.2 s."""
+    result = predict(job({**FAST, "between": {"latency_us": 100_000, "gbit_per_s": 1000}}, compute_s=0.5), [4], ["ours"])
+    assert result.points[0].limit == "latency" and result.points[0].step_s < 0.95
+    gains = {each.change: each.gain for each in result.advice}
+    assert gains["half the latency"] > 1.25 > gains["twice the bandwidth"]
+
+
 def test_a_fixed_batch_leaves_each_rank_its_part_of_the_compute():
     (point,) = predict(job(FAST, compute_s=1.0, fixed_batch=True), [4], ["none"], advise=False).points
     assert point.step_s == pytest.approx(0.25, rel=0.01) and point.speed_up == pytest.approx(4, rel=0.01)
