@@ -4,8 +4,9 @@ Works alike for TCP and for Unix sockets, where each side may send descriptors o
 that reach a listener are closed and disturb nobody; they learn nothing. Knows no store keys and no addresses; who connects to
 whom is the caller's choice.
 
+    caller -> listener   greeting
     listener -> caller   challenge
-    caller -> listener   proof
+    caller -> listener   the rest of the proof
     listener -> caller   answer, and its descriptors
     caller -> listener   one byte, and its descriptors
 """
@@ -210,6 +211,7 @@ class _Shaking:
         half = _Outgoing(sock, self.key, Claim(self.store.rank, peer))
         self.outgoing.add(half)
         self.begin(half)
+        self.say(half, half.calling.greeting)
 
     def accept(self, listener: socket.socket) -> None:
         try:

@@ -1,8 +1,12 @@
 """How two processes prove to each other that they hold the same key, without showing it. Bytes in, bytes out; no sockets.
 
+    caller -> listener   greeting    32 random bytes (the nonce), from, to
     listener -> caller   challenge   32 random bytes
-    caller -> listener   proof       32 random bytes, from, to, HMAC-SHA256(key, "caller" | challenge | nonce | from | to)
+    caller -> listener   code        HMAC-SHA256(key, "caller" | challenge | nonce | from | to); greeting + code: the proof
     listener -> caller   answer      HMAC-SHA256(key, "listener" | challenge | nonce | from | to)
+
+The greeting does not wait for the challenge: a connection that arrived while a listener closed can be open on the caller's
+side only (Linux drops the other half without a word), and only to bytes sent into it does the kernel answer with a reset.
 
 Nobody can replay what he heard, since either side's random bytes are in both codes; nor send it back, since the codes name
 the role and who speaks to whom; nor learn anything by calling, since a listener says nothing but random bytes until the
@@ -41,8 +45,8 @@ class Claim(NamedTuple):
     listener: int
 
 
-def _code(key: bytes, role: bytes, challenge: bytes, nonce: bytes, claim: bytes) -> bytes:
-    return hmac.digest(key, role + challenge + nonce + claim, "sha256")
+def _code(key: bytes, role: bytes, challenge: bytes, greeting: bytes) -> bytes:
+    return hmac.digest(key, role + challenge + greeting, "sha256")
 
 
 class Listening:
@@ -51,7 +55,7 @@ class Listening:
     Example:
         >>> key = bytes(32)
         >>> listening, calling = Listening(key), Calling(key, Claim(3, 0))
-        >>> listening.judge(calling.prove(listening.challenge))
+        >>> listening.judge(calling.greeting + calling.prove(listening.challenge))
         Claim(caller=3, listener=0)
         >>> calling.accepts(listening.answer)
         True
@@ -64,29 +68,28 @@ class Listening:
 
     def judge(self, proof: bytes) -> Optional[Claim]:
         """What the caller has proven, None if nothing. `answer` is what it must be told."""
-        nonce, claim, code = proof[:NONCE_NBYTES], proof[NONCE_NBYTES:-ANSWER_NBYTES], proof[-ANSWER_NBYTES:]
-        if len(proof) != PROOF_NBYTES or not hmac.compare_digest(
-                code, _code(self._key, b"caller", self.challenge, nonce, claim)):
+        greeting, code = proof[:-ANSWER_NBYTES], proof[-ANSWER_NBYTES:]
+        if len(proof) != PROOF_NBYTES or not hmac.compare_digest(code, _code(self._key, b"caller", self.challenge, greeting)):
             return None
-        self.answer = _code(self._key, b"listener", self.challenge, nonce, claim)
-        return Claim(*_CLAIM.unpack(claim))
+        self.answer = _code(self._key, b"listener", self.challenge, greeting)
+        return Claim(*_CLAIM.unpack(greeting[NONCE_NBYTES:]))
 
 
 class Calling:
     """The side that calls, as `claim.caller`, what it takes for `claim.listener`."""
 
     def __init__(self, key: bytes, claim: Claim):
-        self._key, self._claim = key, _CLAIM.pack(*claim)
-        self._nonce, self._challenge = secrets.token_bytes(NONCE_NBYTES), b""
+        self._key, self._challenge = key, b""
+        self.greeting = secrets.token_bytes(NONCE_NBYTES) + _CLAIM.pack(*claim)
 
     def prove(self, challenge: bytes) -> bytes:
-        """The proof that answers a challenge."""
+        """What completes the proof, now that the challenge is known."""
         self._challenge = challenge
-        return self._nonce + self._claim + _code(self._key, b"caller", challenge, self._nonce, self._claim)
+        return _code(self._key, b"caller", challenge, self.greeting)
 
     def accepts(self, answer: bytes) -> bool:
         """Whether the listener has proven itself too."""
-        return hmac.compare_digest(answer, _code(self._key, b"listener", self._challenge, self._nonce, self._claim))
+        return hmac.compare_digest(answer, _code(self._key, b"listener", self._challenge, self.greeting))
 
 
 class Strangers:

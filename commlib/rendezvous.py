@@ -186,6 +186,7 @@ def _enter(address: str, owner: str, hello: Hello, key: bytes, deadline: float) 
 
 def _prove(channel: "_Channel", calling: Calling, rank: int, deadline: float) -> None:
     """Proves to the store that this rank belongs to the job, and has it prove the same."""
+    channel.send_bytes(calling.greeting)
     channel.send_bytes(calling.prove(channel.receive_bytes(NONCE_NBYTES, deadline)))
     answer = channel.receive_bytes(ANSWER_NBYTES, deadline)
     if answer == REFUSAL:

@@ -23,7 +23,7 @@ from commlib.rendezvous_wire import (
     MAX_PAYLOAD_NBYTES, MAX_RANKS, PROTOCOL, Decoder, Hello, WireError, encode, hello_of,
 )  # fmt: skip
 from commlib.secret import Secret
-from test_rendezvous import TIMEOUT_S, member, new_name, together
+from test_rendezvous import TIMEOUT_S, exactly, member, new_name, together
 
 ALIKE = settings(derandomize=True, deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
 KEY = store_key(Secret(), "job")
@@ -101,8 +101,13 @@ def test_a_hello_is_sound_or_refused(header):
         assert 0 <= hello.rank < hello.size <= MAX_RANKS and hello.generation > 0
 
 
+def whole_proof(claim, challenge):
+    calling = Calling(KEY, claim)
+    return calling.greeting + calling.prove(challenge)
+
+
 @ALIKE
-@given(mangled(st.just(Calling(KEY, Claim(1, THE_STORE)).prove(bytes(NONCE_NBYTES)))))
+@given(mangled(st.just(whole_proof(Claim(1, THE_STORE), bytes(NONCE_NBYTES)))))
 def test_no_proof_for_another_challenge_is_believed(proof):
     listening = Listening(KEY)
     assert listening.judge(proof) is None and listening.answer == bytes(ANSWER_NBYTES)
@@ -123,18 +128,9 @@ def proven(address):
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(TIMEOUT_S)
     sock.connect("\0" + address[len("unix:@"):])
-    sock.sendall(Calling(KEY, Claim(1, THE_STORE)).prove(exactly(sock, NONCE_NBYTES)))
+    sock.sendall(whole_proof(Claim(1, THE_STORE), exactly(sock, NONCE_NBYTES)))
     exactly(sock, ANSWER_NBYTES)
     return sock
-
-
-def exactly(sock, nbytes):
-    data = b""
-    while len(data) < nbytes:
-        piece = sock.recv(nbytes - len(data))
-        assert piece
-        data += piece
-    return data
 
 
 GENERATIONS = iter(range(1, 1 << 30))

@@ -16,7 +16,7 @@ KEY, OTHER = Secret("1" * 32).key("links", "job"), Secret("1" * 32).key("links",
 @pytest.mark.parametrize("claim", [Claim(1, 0), Claim(0, 1), Claim(65535, THE_STORE)])
 def test_who_holds_the_key_is_believed(claim):
     listening, calling = Listening(KEY), Calling(KEY, claim)
-    proof = calling.prove(listening.challenge)
+    proof = calling.greeting + calling.prove(listening.challenge)
     assert (len(listening.challenge), len(proof)) == (NONCE_NBYTES, PROOF_NBYTES)
     assert listening.judge(proof) == claim
     assert len(listening.answer) == ANSWER_NBYTES and calling.accepts(listening.answer)
@@ -25,10 +25,10 @@ def test_who_holds_the_key_is_believed(claim):
 @pytest.mark.parametrize("listeners, callers", [(KEY, OTHER), (OTHER, KEY), (KEY, Secret().key("links", "job"))])
 def test_another_key_is_refused_on_both_sides(listeners, callers):
     listening, calling = Listening(listeners), Calling(callers, Claim(1, 0))
-    assert listening.judge(calling.prove(listening.challenge)) is None
+    assert listening.judge(calling.greeting + calling.prove(listening.challenge)) is None
     assert listening.answer == REFUSAL and not calling.accepts(listening.answer)
     believed = Listening(callers)
-    believed.judge(calling.prove(believed.challenge))
+    believed.judge(calling.greeting + calling.prove(believed.challenge))
     impostor = Listening(listeners)
     impostor.challenge = believed.challenge
     assert not calling.accepts(impostor.answer)
@@ -38,7 +38,7 @@ def test_every_bit_counts():
     """A proof or an answer with any one bit changed, or cut, or longer, is no proof."""
     for bit in range(8 * PROOF_NBYTES):
         listening, calling = Listening(KEY), Calling(KEY, Claim(1, 0))
-        proof = bytearray(calling.prove(listening.challenge))
+        proof = bytearray(calling.greeting + calling.prove(listening.challenge))
         proof[bit // 8] ^= 1 << bit % 8
         assert listening.judge(bytes(proof)) is None and listening.answer == REFUSAL
     for bit in range(8 * ANSWER_NBYTES):
@@ -51,7 +51,7 @@ def test_every_bit_counts():
 
 def honest_run(claim=Claim(1, 0)):
     listening, calling = Listening(KEY), Calling(KEY, claim)
-    proof = calling.prove(listening.challenge)
+    proof = calling.greeting + calling.prove(listening.challenge)
     listening.judge(proof)
     return calling, listening.challenge, proof, listening.answer
 

@@ -55,6 +55,16 @@ def free_port():
         return sock.getsockname()[1]
 
 
+def exactly(sock, nbytes):
+    """So many bytes, in however many pieces they come."""
+    data = b""
+    while len(data) < nbytes:
+        piece = sock.recv(nbytes - len(data))
+        assert piece
+        data += piece
+    return data
+
+
 def descriptors():
     return len(os.listdir("/proc/self/fd"))
 
@@ -259,6 +269,21 @@ def test_many_generations_leak_nothing(kind):
     before, threads = descriptors(), threading.active_count()
     assert together(cycle(0), cycle(1)) == ["done", "done"]
     assert (descriptors(), threading.active_count()) == (before, threads)
+
+
+def test_a_rank_greets_before_it_is_challenged():
+    """Into a connection that only the caller's side knows any more something must be sent, or nobody learns of it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = "127.0.0.1:%d" % listener.getsockname()[1]
+
+        def silent():
+            sock, _ = listener.accept()
+            with sock:
+                sock.settimeout(TIMEOUT_S)
+                return len(sock.recv(4096))
+
+        heard, error = together(silent, member(1, 2, address, timeout_s=0.2))
+    assert heard > 0 and isinstance(error, StartError)
 
 
 def test_a_rank_ahead_waits_for_the_next_generation():

@@ -16,13 +16,13 @@ import pytest
 from support import Ranks
 from test_connect import link_all
 from test_connect import run_ranks as run_threads
-from test_rendezvous import TIMEOUT_S, free_port, member, new_name, placement_of, together
+from test_rendezvous import TIMEOUT_S, exactly, free_port, member, new_name, placement_of, together
 
 import commlib
 from commlib import connect as connecting
 from commlib import proof
 from commlib.bootstrap import StartError
-from commlib.proof import NONCE_NBYTES, PROOF_NBYTES, REFUSAL, THE_STORE, Calling, Claim
+from commlib.proof import ANSWER_NBYTES, NONCE_NBYTES, PROOF_NBYTES, REFUSAL, THE_STORE, Calling, Claim
 from commlib.rendezvous import check_protection, join, listen
 from commlib.rendezvous_server import Server, store_key
 from commlib.rendezvous_wire import Hello, encode
@@ -125,13 +125,13 @@ def test_an_impostor_store_is_not_believed():
                 with sock:
                     sock.settimeout(TIMEOUT_S)
                     sock.sendall(os.urandom(NONCE_NBYTES))
-                    heard.append(sock.recv(4096))
+                    heard.append(exactly(sock, PROOF_NBYTES))
                     sock.sendall(reply)
                     heard.append(sock.recv(4096))
 
         _, result = together(impostor, rank_of(1, 2, listener.getsockname(), secret, timeout_s=1.0))
     assert isinstance(result, StartError)
-    assert [len(data) for data in heard] == [PROOF_NBYTES, 0] * 3
+    assert [len(data) for data in heard] == [PROOF_NBYTES, 0] * 3  # whole proofs, and then nothing
 
 
 def test_a_recorded_rank_cannot_be_replayed():
@@ -193,8 +193,8 @@ def test_who_has_the_secret_still_must_be_who_he_says():
         for claim, hello in ((Claim(1, THE_STORE), dict(HELLO, rank=0)), (Claim(1, 0), HELLO)):
             with socket.create_connection(address, TIMEOUT_S) as sock:
                 calling = Calling(store_key(secret, "job"), claim)
-                sock.sendall(calling.prove(sock.recv(NONCE_NBYTES, socket.MSG_WAITALL)))
-                assert calling.accepts(sock.recv(32, socket.MSG_WAITALL))
+                sock.sendall(calling.greeting + calling.prove(exactly(sock, NONCE_NBYTES)))
+                assert calling.accepts(exactly(sock, ANSWER_NBYTES))
                 sock.sendall(encode(hello))
                 assert b"refused" in sock.recv(4096)
         assert together(*[rank_of(rank, 2, address, secret) for rank in range(2)]) == [[b"0", b"1"]] * 2
