@@ -33,6 +33,8 @@ typedef struct {
 typedef struct {
     cl_operation *operation; /* NULL: not submitted, or released */
     uint8_t *input, *output; /* may be the same */
+    uint8_t *retired[2];     /* what they were before the operation ended */
+    size_t nbytes;           /* of each of these */
     uint64_t count, splits[MAX_RANKS], parts[MAX_RANKS + 1];
     int64_t priority;
     bool submitted, gated;
@@ -62,7 +64,7 @@ bool tasks_need_everybody(const task *t);
 void tasks_submit(program *p, cl_engine *engine, int32_t rank, uint32_t number, uint64_t *random);
 /* NULL, or what is wrong with the result of an operation that has ended well. `released`: without its handle. */
 const char *tasks_check(program *p, int32_t rank, uint32_t number);
-/* The caller's memory is his again: it is overwritten before it is freed, so that who looks at it later goes wrong. */
+/* The caller's memory is his again: it is overwritten, so that who looks at it later goes wrong. */
 void tasks_end(program *p, int32_t rank, uint32_t number);
 const char *tasks_name(task_form form);
 const char *tasks_text(const program *p, int32_t rank, uint32_t number);
