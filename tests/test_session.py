@@ -29,19 +29,22 @@ def cycle(times):
         assert not commlib.is_initialized()
 
 
-def cycle_and_count(times):
+def cycle_and_count(times, batches=5):
     cycle(10)
-    before = census()
-    cycle(times)
-    return before, census()
+    counts = [census()]
+    for _ in range(batches):
+        cycle(times // batches)
+        counts.append(census())
+    return counts
 
 
 @pytest.mark.parametrize("size, times, transport", [(1, 300, "auto"), (2, 300, "shm"), (2, 60, "tcp")])
 def test_cycles_leak_nothing(size, times, transport):
     with Ranks(size, initialize=False, transport=transport) as ranks:
-        for before, after in ranks.call(cycle_and_count, times, deadline_s=120):
-            assert after[:2] == before[:2], "descriptors, threads"
-            assert after[2] <= before[2] + 4, "mappings; the allocator may add a heap or two"  # not one per cycle
+        for counts in ranks.call(cycle_and_count, times, deadline_s=120):
+            assert len({count[:2] for count in counts}) == 1, f"descriptors, threads: {counts}"
+            mappings = [count[2] for count in counts]  # the allocator adds heaps for threads until it has enough; a leak goes on
+            assert any(after <= before for before, after in zip(mappings, mappings[1:])), f"mappings: {mappings}"
 
 
 def resident_nbytes():
