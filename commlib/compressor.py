@@ -33,6 +33,24 @@ class NoneCompressor(Compressor):
         return tensor
 
 
+class CastCompressor(Compressor):
+    """Floating-point tensors in another dtype; others as they are. An adapter says how its framework asks and casts."""
+
+    dtype = None
+    is_floating = None  # (tensor) -> bool
+    cast = None         # (tensor, dtype) -> tensor
+
+    @classmethod
+    def compress(cls, tensor):
+        """As Compressor.compress."""
+        return (cls.cast(tensor, cls.dtype) if cls.is_floating(tensor) else tensor), tensor.dtype
+
+    @classmethod
+    def decompress(cls, tensor, ctx):
+        """As Compressor.decompress."""
+        return cls.cast(tensor, ctx)
+
+
 def checked_compression(compression):
     """The compressor; None is Compression.none.
 

@@ -2,23 +2,12 @@
 
 import tensorflow as tf
 
-from commlib.compressor import Compressor, NoneCompressor
+from commlib.compressor import CastCompressor, NoneCompressor
 
 
-class _Cast(Compressor):
-    """Floating-point tensors in another dtype; others as they are."""
-
-    dtype = None
-
-    @classmethod
-    def compress(cls, tensor):
-        """As Compressor.compress."""
-        return (tf.cast(tensor, cls.dtype) if tensor.dtype.is_floating else tensor), tensor.dtype
-
-    @classmethod
-    def decompress(cls, tensor, ctx):
-        """As Compressor.decompress."""
-        return tf.cast(tensor, ctx)
+class _Cast(CastCompressor):
+    is_floating = staticmethod(lambda tensor: tensor.dtype.is_floating)
+    cast = staticmethod(tf.cast)
 
 
 class FP16Compressor(_Cast):

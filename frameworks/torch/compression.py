@@ -2,23 +2,12 @@
 
 import torch
 
-from commlib.compressor import Compressor, NoneCompressor
+from commlib.compressor import CastCompressor, NoneCompressor
 
 
-class _Cast(Compressor):
-    """Floating-point tensors in another dtype; others as they are."""
-
-    dtype = None
-
-    @classmethod
-    def compress(cls, tensor):
-        """As Compressor.compress."""
-        return (tensor.to(cls.dtype) if tensor.is_floating_point() else tensor), tensor.dtype
-
-    @classmethod
-    def decompress(cls, tensor, ctx):
-        """As Compressor.decompress."""
-        return tensor.to(ctx)
+class _Cast(CastCompressor):
+    is_floating = staticmethod(torch.is_floating_point)
+    cast = staticmethod(torch.Tensor.to)
 
 
 class FP16Compressor(_Cast):
