@@ -12,6 +12,9 @@
 /* 64 ranks are two hops from the root, 512 three, and no node waits for more than 8 others. */
 enum { FANOUT = 8 };
 
+/* Of all members together; more than all machines have memory for. */
+#define MOST_SPLITS (UINT64_C(1) << 60)
+
 typedef struct {
     int32_t index;
     uint32_t nbytes, text_nbytes;
@@ -59,11 +62,45 @@ static void out_of_memory(cl_operation *operation)
     cl_control_fail_everywhere(operation, CL_NO_MEMORY, operation->engine->rank, "out of memory while exchanging sizes");
 }
 
+static void malformed(cl_operation *operation)
+{
+    cl_control_fail_everywhere(operation, CL_SYSTEM, operation->engine->rank, "a malformed exchange came in");
+}
+
+/*
+ * Memory is laid out by what members told each other: every entry is there, sums stay within 64 bits, and nobody says of this
+ * rank what it did not say itself.
+ */
+static bool is_sound(const cl_operation *operation)
+{
+    const cl_request *r = &operation->request;
+    const cl_exchange *exchange = operation->exchange;
+    bool lays_out = r->kind == CL_ALLGATHER || r->kind == CL_ALLTOALL;
+    uint64_t total = 0;
+    for (uint32_t m = 0; m < exchange->nentries; m++) {
+        if (exchange->entries[m].data == NULL)
+            return false;
+        for (int32_t i = 0; lays_out && i < r->nsplits; i++) {
+            uint64_t split;
+            memcpy(&split, exchange->entries[m].data + (size_t)i * sizeof split, sizeof split);
+            if (split > MOST_SPLITS - total)
+                return false;
+            total += split;
+        }
+    }
+    const cl_entry *own = &exchange->entries[exchange->my_index];
+    return !lays_out || memcmp(own->data, r->splits, own->nbytes) == 0;
+}
+
 static void finish(cl_operation *operation)
 {
     operation->exchange->finished = true;
     if (atomic_load_explicit(&operation->done, memory_order_relaxed))
         return; /* it failed while telling the others */
+    if (!is_sound(operation)) {
+        malformed(operation);
+        return;
+    }
     cl_operation_start(operation);
     cl_engine_replay(operation->engine, operation);
 }
@@ -122,11 +159,6 @@ static void disagree(cl_operation *operation, int32_t rank_a, const char *text_a
     cl_control_fail_everywhere(operation, CL_MISMATCH, rank_b, text);
 }
 
-static void malformed(cl_operation *operation)
-{
-    cl_control_fail_everywhere(operation, CL_SYSTEM, operation->engine->rank, "a malformed exchange came in");
-}
-
 /* Splits are as many as ours; raw bytes may be any. */
 static bool is_entry_of(const cl_operation *operation, size_t nbytes)
 {
@@ -139,7 +171,8 @@ static bool take_entry(cl_operation *operation, const entry_header *header, cons
 {
     if (memcmp(&header->meta, &operation->meta, sizeof(cl_meta)) != 0) {
         char theirs[CL_TEXT_NBYTES];
-        snprintf(theirs, sizeof theirs, "%.*s", (int)header->text_nbytes, (const char *)data + header->nbytes);
+        uint32_t length = header->text_nbytes < sizeof theirs ? header->text_nbytes : sizeof theirs - 1;
+        snprintf(theirs, sizeof theirs, "%.*s", (int)length, (const char *)data + header->nbytes);
         disagree(operation, operation->engine->rank, operation->request.text, operation->request.members[header->index], theirs);
         return false;
     }

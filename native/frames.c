@@ -10,6 +10,8 @@
 
 #include "engine.h"
 
+enum { MOST_WORDS_NBYTES = 1 << 20 /* of a text, or of an operation that is announced with its members */ };
+
 void cl_kept_free(cl_kept *kept)
 {
     free(kept->data);
@@ -218,6 +220,16 @@ static bool is_known(uint8_t type)
     return type >= CL_FRAME_POST && type <= CL_FRAME_BYE;
 }
 
+/* Nobody may have memory made for more than he would ever send. What members exchange may be of any length. */
+static bool promises_too_much(const cl_engine *engine, const cl_frame *frame)
+{
+    if (frame->type == CL_FRAME_EXCHANGE_UP || frame->type == CL_FRAME_EXCHANGE_DOWN)
+        return false;
+    if (frame->type != CL_FRAME_DATA)
+        return frame->nbytes > MOST_WORDS_NBYTES;
+    return (frame->flags & CL_FLAG_EAGER) && frame->nbytes > engine->settings.eager_budget_nbytes;
+}
+
 static uint8_t *begin_keeping(cl_engine *engine, cl_peer *peer, int32_t rank, const cl_frame *frame)
 {
     peer->mode = CL_INCOMING_KEEP;
@@ -264,7 +276,7 @@ static void *on_begin(void *owner, cl_link *link, const cl_frame *frame)
     cl_peer *peer = &engine->peers[link->peer];
     peer->mode = CL_INCOMING_DISCARD;
     engine->stats.received_nbytes += frame->nbytes;
-    if (!is_known(frame->type)) {
+    if (!is_known(frame->type) || promises_too_much(engine, frame)) {
         protocol_error(engine, link->peer);
         return NULL;
     }

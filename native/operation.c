@@ -439,8 +439,10 @@ bool cl_operation_granted(const cl_operation *operation, int32_t peer, const cl_
     if (!operation->started || find_peer(operation, peer, &p) != CL_OK || frame->segment >= operation->nsegments)
         return false;
     const cl_segment *segment = &operation->segments[frame->segment];
-    return segment->active && segment->waiting != NULL && frame->step < segment->granted_in[p] &&
-           segment->state[plan_peer(operation, p)->recvs[frame->step]] == CL_STEP_WAITING;
+    if (!segment->active || segment->waiting == NULL || frame->step >= segment->granted_in[p])
+        return false;
+    uint32_t step = plan_peer(operation, p)->recvs[frame->step];
+    return segment->state[step] == CL_STEP_WAITING && step_nbytes(operation, frame->segment, step) == frame->nbytes;
 }
 
 void cl_operation_keep(cl_operation *operation, cl_kept *kept)

@@ -241,6 +241,9 @@ static int copy_lists(cl_operation *operation, const cl_request *r)
 
 static int allocate_segments(cl_operation *operation, uint64_t total)
 {
+    uint64_t size = operation->request.segment_count;
+    if (size > 0 && total / size >= MOST_PIECES)
+        return CL_NO_MEMORY;
     operation->nsegments = count_segments(&operation->request, true, total);
     operation->segments = calloc(operation->nsegments, sizeof(cl_segment));
     operation->gates = calloc(operation->nsegments, sizeof *operation->gates);

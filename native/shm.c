@@ -34,6 +34,8 @@ enum {
     NO_STAGE = -1
 };
 
+static const char BROKEN[] = "it broke the protocol (is it another version of commlib?)";
+
 /* Where a frame's payload lies. */
 enum { PATH_RING = 0, PATH_SENDER, PATH_READER };
 
@@ -370,12 +372,12 @@ static bool read_reference(shm_link *link)
     uint8_t *data = referenced(link, offset);
     link->in_offset = link->in_frame.nbytes;
     if (data == NULL) {
-        link->broken = "it broke the protocol (is it another version of commlib?)";
+        link->broken = BROKEN;
         return false;
     }
     int before = lends ? atomic_fetch_or(&reference->state, CL_REFERENCE_BUSY) : atomic_load(&reference->state);
     link->base.lent = lends ? CL_LENT : CL_NOT_LENT;
-    if (!(before & CL_REFERENCE_REVOKED))
+    if (!(before & CL_REFERENCE_REVOKED) && link->in_frame.nbytes > 0)
         link->base.sink->piece(link->base.owner, &link->base, &link->in_frame, 0, data, link->in_frame.nbytes);
     int kept = link->base.lent == CL_LENT_KEPT ? CL_REFERENCE_KEPT : 0;
     link->base.lent = CL_NOT_LENT;
@@ -392,6 +394,10 @@ static int read_some(shm_link *link)
     link->in.head = atomic_load_explicit(&link->in.header->head, memory_order_acquire);
     if (link->in.head == link->in.tail)
         return 0;
+    if (link->in.head - link->in.tail > link->in.mask + 1 || link->in.head % CL_LINE != 0) { /* it would never end */
+        link->broken = BROKEN;
+        return 1;
+    }
     if (!link->receiving) {
         read_frame(link);
         events++;
