@@ -220,7 +220,7 @@ def _limit(step_s, moving_s, slowest_s, compute_s, narrowest):
 def add_arguments(parser):
     """The options of `commlib simulate`."""
     parser.add_argument("--model", required=True, metavar="NAME|FILE",
-                        help=f"{', '.join(MODELS)}, or a file of layers: see docs/simulate.md")  # fmt: skip
+                        help=f"{', '.join(MODELS)}, or a file of layers, or a timeline: see docs/simulate.md")  # fmt: skip
     parser.add_argument("--cluster", required=True, metavar="FILE", help="hosts and links: see docs/simulate.md")
     parser.add_argument("--ranks", type=_numbers, default=_numbers(DEFAULT_RANKS), metavar="N,...",
                         help=f"how many ranks to simulate ({DEFAULT_RANKS})")  # fmt: skip

@@ -54,15 +54,19 @@ class Timeline:
 
     # ---- what users record -----------------------------------------------------------------------------------
 
-    def span(self, name, category, begin_s, end_s, track="compute"):
+    def span(self, name, category, begin_s, end_s, track="compute", arguments=None):
         """Records a span of the user's own, such as a layer's forward pass.
 
         Args:
             name, category: texts; the category can be searched for.
             begin_s, end_s: on time.monotonic().
             track: the row of this rank in which it is drawn; spans of one track nest and never cross.
+            arguments: a dict of what else there is to say about it, as JSON can.
         """
-        self._add(_complete(name, category, begin_s, end_s, self.rank, self._track(track)))
+        whole = _complete(name, category, begin_s, end_s, self.rank, self._track(track))
+        if arguments is not None:
+            whole["args"] = arguments
+        self._add(whole)
 
     def instant(self, name, at_s=None):
         """Records a moment, such as CYCLE_START."""

@@ -4,18 +4,20 @@
         {"name": "conv1", "tensors": [9408, 64], "forward_s": 0.0011, "backward_s": 0.0021},
         {"name": "relu1", "forward_s": 0.0002, "backward_s": 0.0002}]}
 
-Layers stand in the order of the forward pass; "tensors" are elements of each gradient. This file knows layers and seconds; it
-knows no cluster and no schedule.
+Layers stand in the order of the forward pass; "tensors" are elements of each gradient. The file may also be a timeline that was
+recorded in training (traced.py). This file knows layers and seconds; it knows no cluster and no schedule.
 """
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from typing import Any, List, Tuple
 
 from commlib.json_table import JsonTable, load
 from commlib.models import MODELS, layer_times
 from commlib.simulated_training import TrainingLayer
+from commlib.traced import is_timeline, layers_of
 
 _MOST_ELEMENTS = 1 << 40
 
@@ -70,13 +72,23 @@ class Workload:
 
     @classmethod
     def load(cls, path: str) -> Workload:
-        """Reads a file as above.
+        """Reads a file as above, or a timeline; a model out of a timeline is called by its file.
 
         Raises:
             OSError: it cannot be read.
             ValueError: it is not such a file; the text says what is wrong.
         """
-        return load(path, cls.from_dict)
+        return load(path, lambda table: cls.from_timeline(table, os.path.basename(path)) if is_timeline(table)
+                    else cls.from_dict(table))  # fmt: skip
+
+    @classmethod
+    def from_timeline(cls, table: Any, name: str) -> Workload:
+        """The layers and times of a timeline (Chrome trace) that was read already; see commlib.traced.layers_of.
+
+        Raises:
+            ValueError: no layers were recorded in it.
+        """
+        return cls._that_takes_time(name, layers_of(table))
 
     @classmethod
     def from_dict(cls, table: Any) -> Workload:
@@ -92,7 +104,11 @@ class Workload:
         reader.end()
         if not isinstance(layers, list) or not layers:
             raise ValueError("the model: 'layers' must be a list with at least one layer")
-        workload = cls(str(name), tuple(_layer(layer, f"layer {number}") for number, layer in enumerate(layers)))
+        return cls._that_takes_time(str(name), tuple(_layer(layer, f"layer {number}") for number, layer in enumerate(layers)))
+
+    @classmethod
+    def _that_takes_time(cls, name, layers):
+        workload = cls(name, layers)
         if workload.compute_s == 0:
             raise ValueError("the model: its layers must take time, else there is nothing to speed up")
         return workload

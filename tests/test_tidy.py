@@ -21,7 +21,7 @@ LAYERS = [
     {"engine", "memory", "control", "selection"},
     {"calibrate", "layout", "handle", "prepared", "results", "simulation", "stalls", "joining", "standing_in"},
     {"collective", "simulated_training"},
-    {"tickets", "workload", "grouped", "membership", "adasum"},
+    {"tickets", "workload", "traced", "grouped", "membership", "adasum"},
     {"communicator"},
     {"mpi_mover", "direct"},
     {"session"},

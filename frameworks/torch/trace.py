@@ -14,7 +14,9 @@ import commlib
 def trace_layers(model):
     """Shows every layer's forward and backward of `model` in the timeline, if one is being recorded.
 
-    A layer is a module without children. Its backward is drawn from the moment at which the gradient of its output
+    A layer is a module without children; what parameters other modules have of their own count to the first layer inside. Each
+    span says how many elements each of the layer's gradients has, so that `commlib simulate --model` can take the timeline
+    for a model. A layer's backward is drawn from the moment at which the gradient of its output
     exists to that at which the next layer's does, or its own parameters' gradients do, whichever is later.
 
     Args:
@@ -30,10 +32,14 @@ def trace_layers(model):
         >>> remove()
         >>> comm.shutdown()
     """
-    handles, backward = [], _Backward()
+    handles, backward, seen, above = [], _Backward(), set(), []
     for name, module in model.named_modules():
+        own = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad and parameter not in seen]
+        seen.update(own)  # tied weights belong to the first that has them
+        above += [parameter.numel() for parameter in own]
         if next(module.children(), None) is None:
-            layer = _Layer(name or type(model).__name__, backward)
+            layer = _Layer(name or type(model).__name__, backward, above)
+            above = []
             handles.append(module.register_forward_pre_hook(layer.forward_begins))
             handles.append(module.register_forward_hook(layer.forward_ends))
             handles += [
@@ -44,10 +50,11 @@ def trace_layers(model):
     return lambda: [handle.remove() for handle in handles]
 
 
-def _span(name, category, begin_s, end_s):
+def _span(category, layer, begin_s, end_s):
     timeline = commlib.communicator().timeline
     if timeline is not None:
-        timeline.span(name, category, begin_s, end_s)
+        arguments = {"layer": layer.name, "tensors": layer.tensors}
+        timeline.span(f"{category} {layer.name}", category, begin_s, end_s, arguments=arguments)
 
 
 class _Backward:
@@ -66,15 +73,16 @@ class _Backward:
     def leave(self, now_s):
         """Draws the open span; it ended when its last gradient came, if no other layer has followed."""
         if self.layer is not None:
-            _span(f"backward {self.layer.name}", "backward", self.begin_s, now_s)
+            _span("backward", self.layer, self.begin_s, now_s)
         self.layer = None
 
 
 class _Layer:
     """One layer's hooks."""
 
-    def __init__(self, name, backward):
+    def __init__(self, name, backward, tensors):
         self.name = name
+        self.tensors = tensors  # elements of each gradient
         self._backward = backward
         self._begin_s = 0.0
 
@@ -85,7 +93,7 @@ class _Layer:
         self._begin_s = time.monotonic()
 
     def forward_ends(self, module, arguments, result):
-        _span(f"forward {self.name}", "forward", self._begin_s, time.monotonic())
+        _span("forward", self, self._begin_s, time.monotonic())
         if isinstance(result, torch.Tensor) and result.requires_grad:
             result.register_hook(self.backward_begins)
 

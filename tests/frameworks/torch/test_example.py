@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import commlib
+from commlib.workload import Workload
 
 EXAMPLE = os.path.join(os.path.dirname(os.path.dirname(commlib.__file__)), "examples", "torch_digits.py")
 
@@ -28,3 +29,7 @@ def test_two_ranks_learn_the_digits_and_write_a_timeline(tmp_path):
         names = {event["name"] for event in events if event["pid"] == rank}
         assert {"forward 0", "backward 0", "allreduce.0.weight", "ALLREDUCE"} <= names
         assert {"wait 0", "update 0"} <= {name.split(".")[0] for name in names}
+
+    recorded = Workload.load(str(trace))
+    assert recorded.name == "trace.json" and sum(len(layer.counts) for layer in recorded.layers) == 8
+    assert all(layer.forward_s > 0 and layer.backward_s > 0 for layer in recorded.layers if layer.counts)

@@ -1,11 +1,16 @@
 """A model recorded for the simulator: which layers, in which order, with whose gradients and times; and nothing else changed."""
 
+import json
+import pathlib
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
 import commlib.torch as comm
+from commlib import commands
 from commlib.workload import Workload
 
 
@@ -49,6 +54,38 @@ def test_layers_are_in_the_order_of_use_with_their_own_times(tmp_path):
     # A sleep is never shorter than asked for; a neighbour's would be.
     assert 0.03 <= layers[0].forward_s and 0.02 <= layers[0].backward_s
     assert 0.01 <= layers[1].forward_s and 0.04 <= layers[1].backward_s
+
+
+TRAINING = """
+import sys, torch, commlib.torch as comm
+from test_recording import Waits
+comm.init()
+model = torch.nn.Sequential(Waits(3, 0.01, 0.03), torch.nn.ReLU(), Waits(3, 0.02, 0.01), torch.nn.Linear(3, 5))
+optimizer = comm.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model=model)
+comm.start_timeline(sys.argv[1])
+comm.trace_layers(model)
+for step in range(4):
+    optimizer.zero_grad()
+    model(torch.ones(2, 3, requires_grad=True)).sum().backward()
+    optimizer.step()
+optimizer.synchronize()
+comm.stop_timeline()
+comm.shutdown()
+"""
+
+
+def test_a_timeline_of_training_is_a_model_to_simulate(tmp_path, capsys):
+    timeline, cluster = tmp_path / "training.json", tmp_path / "cluster.json"
+    program = [sys.executable, "-c", TRAINING, str(timeline)]
+    done = subprocess.run(program, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    layers = Workload.load(str(timeline)).layers
+    assert [(layer.name, layer.counts) for layer in layers] == [("0", (3,)), ("1", ()), ("2", (3,)), ("3", (15, 5))]
+    assert 0.01 <= layers[0].forward_s and 0.03 <= layers[0].backward_s  # a sleep is never shorter than asked for
+    assert 0.02 <= layers[2].forward_s and 0.01 <= layers[2].backward_s
+    cluster.write_text(json.dumps({"ranks_per_host": 1, "between": {"latency_us": 20, "gbit_per_s": 10}}))
+    assert commands.main(["simulate", "--model", str(timeline), "--cluster", str(cluster), "--ranks", "2", "--no-advice"]) == 0
+    assert capsys.readouterr().out.startswith("training.json: 0.0 M parameters")
 
 
 def test_what_has_no_parameters_counts_to_the_layer_before(tmp_path):
