@@ -10,7 +10,7 @@
 
 enum { ROUNDS_PER_ACTION = 4, MOST_ROUNDS_AT_END = 10000, TEXT_NBYTES = 8, MOST_PROMISED_NBYTES = 1 << 17 };
 
-/* A promise of gigabytes finds no memory, as it may on any machine: with it, the sanitizer's own bookkeeping would take a second. */
+/* A promise of gigabytes finds no memory, as it may on any machine; the sanitizer's own bookkeeping of it would take a second. */
 const char *__asan_default_options(void);
 const char *__asan_default_options(void)
 {

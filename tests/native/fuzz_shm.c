@@ -38,7 +38,8 @@ static void shm_link(fuzz *f)
             continue;
         CHECK(cl_engine_new(peer, f->p.size, &f->settings, &others[peer]) == CL_OK);
         CHECK(cl_shm_create(others[peer], f->p.size - 1, &memfd, &doorbell) == CL_OK);
-        CHECK(cl_shm_attach(f->engine, peer, dup(memfd), dup(doorbell), -1, slot_of(f->rank, peer), slot_of(peer, f->rank)) == CL_OK);
+        int32_t mine = slot_of(f->rank, peer), theirs = slot_of(peer, f->rank);
+        CHECK(cl_shm_attach(f->engine, peer, dup(memfd), dup(doorbell), -1, mine, theirs) == CL_OK);
     }
 }
 
