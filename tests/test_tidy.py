@@ -147,11 +147,6 @@ TYPED = {"commlib": CORE, "commlib.process_sets": CORE, "commlib.torch": ROOT / 
          "commlib.torch.distributed": ROOT / "frameworks/torch/distributed"}  # fmt: skip
 
 
-def _stub_of(name):
-    page = TYPED[name] / "process_sets.pyi" if name.endswith("process_sets") else TYPED[name] / "__init__.pyi"
-    return page, ast.parse(page.read_text(encoding="utf-8")).body
-
-
 def _names_in(body):
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -190,8 +185,12 @@ def _functions(body, owner):
 @pytest.mark.parametrize("name", TYPED)
 def test_types_are_those_of_the_code(name):
     """Whoever adds a public name or an argument adds its type."""
-    module = importlib.import_module(name)
-    page, body = _stub_of(name)
+    check_types(name, TYPED[name] / "process_sets.pyi" if name.endswith("process_sets") else TYPED[name] / "__init__.pyi")
+
+
+def check_types(name, page):
+    """Compares a module and its page."""
+    module, body = importlib.import_module(name), ast.parse(page.read_text(encoding="utf-8")).body
     page = page.relative_to(ROOT)
     missing = set(getattr(module, "__all__", ())) - set(_names_in(body))
     assert not missing, f"{page} lacks the types of {', '.join(sorted(missing))}: add them there"
