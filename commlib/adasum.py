@@ -50,9 +50,12 @@ _Shape = namedtuple("_Shape", "nodes levels is_leaf partner node")
 class AdasumHandle:
     """One Adasum in flight; `wait` gives its result, as Handle.wait does."""
 
-    def __init__(self, engine, name, result):
+    def __init__(self, engine, name, result, first):
         self.name, self.kind, self.note = name, "allreduce", None
         self._engine = engine
+        self._first = first  # the Handle of what was posted first, of which all others hear when this is done
+        self._lock = threading.Lock()
+        self._waiting = []
         self.times = (time.monotonic(), -1.0, -1.0)
         self._result, self._error = result, None
         self._is_done = threading.Event()
@@ -76,11 +79,22 @@ class AdasumHandle:
         """True if it is done, well or not."""
         return self._is_done.is_set()
 
+    def tell(self, tell):
+        """Has tell(operation) called once it is done, perhaps by another thread; the operation is one of the engine's, done, too."""
+        with self._lock:
+            if not self._is_done.is_set():
+                self._waiting.append(tell)
+                return
+        tell(self._first.operation)
+
     def finish(self, error=None):
         """It is done."""
         self._error = error
         self.times = (self.times[0], self.times[0], time.monotonic())
-        self._is_done.set()
+        with self._lock:
+            self._is_done.set()
+        for tell in self._waiting:
+            tell(self._first.operation)
 
 
 class Adasums:
@@ -190,7 +204,8 @@ class Reduction:
         use = submitter.names.use("exchange", None if name is None else f"adasum {name}")
         self._first_round = (use.count - 1) * _MOST_ROUNDS
         self._base = base_key(submitter.names.group, "adasum", name)
-        self.handle = AdasumHandle(submitter.engine, f"noname.{(use.count - 1) % EPOCH}" if name is None else name, result)
+        self.handle = AdasumHandle(submitter.engine, f"noname.{(use.count - 1) % EPOCH}" if name is None else name, result,
+                                   self._told)  # fmt: skip
         self.operation = self._told.operation
         self._error = None
         self._rounds = self._reduce()

@@ -14,7 +14,7 @@ from commlib.engine import AGAIN, KIND_CODES
 from commlib.handle import Flight, Handle
 from commlib.layout import Layout
 from commlib.memory import memory_of, pointer_of
-from commlib.names import EPOCH, Names, Use, busy_text, key_of_use
+from commlib.names import EPOCH, Names, Use, base_key, busy_text, key_of_use
 from commlib.prepared import Prepared
 from commlib.reduction import Average
 from commlib.rendezvous_wire import spell_ranks
@@ -225,10 +225,18 @@ class Submitter(StandsIn):
         Returns:
             A names.Use with `request` and `base`.
         """
-        use = Use(f"{self.names.group}/native", kind, name, self.size)
+        use = Use(self._native_group, kind, name, self.size)
         with self.lock:
             self._describe(use, kind, (dtype, math.prod(shape), shape, op, -1, priority, scales, None, overlapped))
         return use
+
+    @property
+    def _native_group(self):
+        return f"{self.names.group}/native"
+
+    def native_base(self, kind, name):
+        """The base key that `description` gives for a name."""
+        return base_key(self._native_group, kind, name)
 
     def part(self, members, hosts, name=None):
         """What posts the operations of a group on the same engine, which moves their bytes whatever moves those of all ranks.

@@ -5,6 +5,7 @@ describes an operation once, and native code submits it again and again, under k
 addresses; who uses them, and when, it does not know.
 """
 
+from commlib.adasum import AdasumHandle
 from commlib.buffer import Buffer
 from commlib.engine import functions_address
 from commlib.names import STRIDE
@@ -75,10 +76,17 @@ class Direct:
         write_request(use.request, address, text_address)
         return use.base
 
+    def base_of(self, communicator, name):
+        """The base key that `describe_allreduce` gives for a name."""
+        return communicator.native[1].native_base("allreduce", name)
+
     def barrier_async(self, communicator):
         """As `Communicator.barrier`; returns a Handle at once."""
         return communicator.native[1].submit("barrier", None, _NOTHING, _NOTHING)
 
     def tell(self, handle, queue, token):
-        """Has the operation of a handle put on a queue when it is done; `queue` and `token` are addresses."""
-        self._engine.tell(handle.operation, queue, token)
+        """Has an operation of a handle put on a queue when the handle is done; `queue` and `token` are addresses."""
+        if isinstance(handle, AdasumHandle):
+            handle.tell(lambda operation: self._engine.tell(operation, queue, token))
+        else:
+            self._engine.tell(handle.operation, queue, token)

@@ -98,6 +98,17 @@ void end_answered(Call *call, int answer)
         end(call);
 }
 
+Name *name_of(Session *session, uint64_t base)
+{
+    std::lock_guard<std::mutex> lock(session->mutex);
+    std::unique_ptr<Name> &name = session->names[base];
+    if (name == nullptr) {
+        name.reset(new Name);
+        name->uses.store(session->first_use);
+    }
+    return name.get();
+}
+
 namespace {
 
 /* TensorFlow refused something. */
@@ -136,17 +147,6 @@ bool read_inputs(Call *call)
 }
 
 /* ---- the direct way ---------------------------------------------------------------------------------------------- */
-
-Name *name_of(Session *session, uint64_t base)
-{
-    std::lock_guard<std::mutex> lock(session->mutex);
-    std::unique_ptr<Name> &name = session->names[base];
-    if (name == nullptr) {
-        name.reset(new Name);
-        name->uses.store(session->first_use);
-    }
-    return name.get();
-}
 
 /* What Python said of this kernel and shape; null: it failed, and the call has ended. */
 std::shared_ptr<Description> description_of(Session *session, Call *call)

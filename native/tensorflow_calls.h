@@ -192,6 +192,9 @@ void end(Call *call);
 void end_failed(Call *call, int32_t status, int32_t peer, const char *text);
 void end_answered(Call *call, int answer);
 
+/* The name of a base key, made at its first use. */
+Name *name_of(Session *session, uint64_t base);
+
 /* What TensorFlow calls. */
 void compute(void *kernel, TF_OpKernelContext *context, TF_AsyncOpKernelDoneCallback *done);
 void compute_self_test(void *kernel, TF_OpKernelContext *context, TF_AsyncOpKernelDoneCallback *done);

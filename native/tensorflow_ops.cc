@@ -81,11 +81,13 @@ const Op OPS[] = {
     {"CommlibAllreduce", {"tensor: T"}, {"reduced: T"}, shape_as_input, create<Role::direct>, compute},
     {"CommlibBegin", {"tensor: T"}, {"lent: T"}, shape_as_input, create<Role::begins>, compute}, /* `lent` is not to be read */
     {"CommlibFinish", {}, {"reduced: T"}, shape_unknown, create<Role::finishes>, compute},
+    {"CommlibAdasum", {"tensor: T"}, {"reduced: T"}, shape_as_input, create<Role::by_python>, compute},
     {"CommlibBroadcast", {"tensor: T"}, {"told: T"}, shape_as_input, create<Role::by_python>, compute},
     {"CommlibAllgather", {"tensor: T"}, {"gathered: T"}, shape_unknown, create<Role::by_python>, compute},
     {"CommlibReducescatter", {"tensor: T"}, {"share: T"}, shape_unknown, create<Role::by_python>, compute},
     {"CommlibAlltoall", {"tensor: T", "splits: int64"}, {"received: T", "received_splits: int64"}, shape_unknown,
      create<Role::by_python>, compute},
+    {"CommlibCheck", {"tensor: T"}, {"checked: T"}, shape_as_input, create<Role::by_python>, compute},
     {"CommlibBarrier", {}, {}, shape_none, create<Role::by_python>, compute},
     {"CommlibNumber", {}, {"number: int32"}, shape_of_scalar, create<Role::by_python>, compute},
     {"CommlibSelfTest", {"tensor: T"}, {"same: T"}, shape_as_input, create<Role::by_python>, compute_self_test},
@@ -252,6 +254,18 @@ EXPORTED void *commlib_tensorflow_output(cl_tensorflow_call *base, int index, co
     else
         TF_DeleteTensor(tensor); /* the context holds it */
     return data == nullptr ? &nothing : data;
+}
+
+/* Takes a name for a call that Python submits, until it ends. Returns 0 if the name is in flight, however that was submitted. */
+EXPORTED int commlib_tensorflow_claim(cl_tensorflow_call *base, uint64_t key)
+{
+    Call *call = static_cast<Call *>(base);
+    Session *session = library().session.load(); /* kept by `compute`, in which Python is called */
+    Name *name = session == nullptr ? nullptr : name_of(session, key);
+    if (name == nullptr || name->in_flight.exchange(true))
+        return session == nullptr;
+    call->name = name;
+    return 1;
 }
 
 /* The latest failure whose text is part of a message. Returns its status, 0 if there is none. */

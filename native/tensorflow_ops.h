@@ -7,7 +7,7 @@
 
 #include "commlib.h"
 
-enum { CL_TENSORFLOW_VERSION = 1, CL_TENSORFLOW_TEXT_NBYTES = 1024, CL_TENSORFLOW_REQUEST_TEXT_NBYTES = 256 };
+enum { CL_TENSORFLOW_VERSION = 2, CL_TENSORFLOW_TEXT_NBYTES = 1024, CL_TENSORFLOW_REQUEST_TEXT_NBYTES = 256 };
 
 /* One execution of an op, as Python sees it. It lives until `land` has returned. */
 typedef struct {

@@ -21,6 +21,7 @@ from commlib.process_sets import (
     ProcessSet, add_process_set, add_process_sets, global_process_set, remove_process_set,
 )  # fmt: skip
 from commlib.tensorflow import native
+from commlib.tensorflow.any_optimizer import DistributedOptimizer
 from commlib.tensorflow.collectives import (
     allgather, allreduce, alltoall, barrier, broadcast, grouped_allgather, grouped_allreduce, grouped_reducescatter,
     reducescatter,
@@ -101,7 +102,7 @@ def start_timeline(file_path, mark_cycles=False):
 
 
 __all__ = [
-    "Adasum", "Average", "CommlibError", "Compression", "DistributedGradientTape", "HorovodInternalError", "Max", "Min",
+    "Adasum", "Average", "CommlibError", "Compression", "DistributedGradientTape", "DistributedOptimizer", "HorovodInternalError", "Max", "Min",
     "PartialDistributedGradientTape", "ProcessSet", "Product", "Sum", "SyncBatchNormalization", "add_process_set",
     "allgather", "allgather_object", "allreduce", "alltoall", "barrier", "broadcast", "broadcast_",
     "broadcast_global_variables", "broadcast_object", "broadcast_object_fn", "broadcast_variables", "ccl_built",

@@ -10,6 +10,7 @@ import commlib
 from commlib.compressor import checked_compression
 from commlib.ops import check_op, op_of
 from commlib.process_sets import global_process_set
+from commlib.reduction import check_op as check_meaning
 from commlib.tensorflow.compression import Compression
 from commlib.tensorflow.operations import as_it_is, as_tensor, make, make_all, number, place_of
 
@@ -31,7 +32,7 @@ def allreduce(tensor, average=None, device_dense="", device_sparse="", compressi
             are gathered, and each takes part in the sum that its users make of them.
         average: deprecated: True for op=Average, False for op=Sum.
         compression: what travels; one of Compression.
-        op: Average (the default), Sum, Min, Max or Product.
+        op: Average (the default), Sum, Min, Max, Product or Adasum (floats; not differentiable).
         prescale_factor, postscale_factor: multiply each contribution, and the result.
         name: matches the operation between ranks; None: by sequence number, in a graph by its place there.
         process_set: the ranks that take part; others do not call it. Average divides by how many they are.
@@ -52,7 +53,7 @@ def allreduce(tensor, average=None, device_dense="", device_sparse="", compressi
         array([1., 1.], dtype=float32)
         >>> comm.shutdown()
     """
-    return _reduced([tensor], [name], _op_of(average, op), compression, (prescale_factor, postscale_factor), process_set,
+    return _reduced([tensor], [name], op_of(average, op, adasum=True), compression, (prescale_factor, postscale_factor), process_set,
                     [priority], "allreduce", False)[0]  # fmt: skip
 
 
@@ -71,21 +72,15 @@ def grouped_allreduce(tensors, average=None, device_dense="", device_sparse="", 
         A list of new tensors.
     """
     tensors = list(tensors)
-    names = _names(name, "grouped_allreduce", tensors)
+    names = _names(name, "grouped_allreduce", tensors, process_set)
     priorities = range(len(tensors)) if priorities is None else priorities
-    return _reduced(tensors, names, _op_of(average, op), compression, (prescale_factor, postscale_factor), process_set,
+    return _reduced(tensors, names, op_of(average, op, adasum=True), compression, (prescale_factor, postscale_factor), process_set,
                     priorities, "grouped_allreduce", len(tensors) > 1)  # fmt: skip
 
 
-def _op_of(average, op):
-    if op is commlib.Adasum:
-        raise ValueError("op=Adasum is not supported here yet: use Average or Sum")
-    return op_of(average, op)
-
-
-def _names(name, what, tensors):
+def _names(name, what, tensors, process_set):
     """One for each tensor; those of lists without a name must differ within a function."""
-    name = place_of(what) if name is None else name
+    name = place_of(what, process_set) if name is None else name
     return [f"{name}.{place}" for place in range(len(tensors))]
 
 
@@ -98,22 +93,26 @@ def _reduced(tensors, names, op, compression, scales, process_set, priorities, w
     pairs = [compression.compress(as_tensor(tensors[place], what)) for place in dense]
     wish = {"op": op, "scales": tuple(map(float, scales)), "overlapped": overlapped}
     check_reduction(op, [wire for wire, _ in pairs])
+    kind = kind_of(op)
     if len(dense) == 1:
-        made = [make("allreduce", pairs[0][0], names[dense[0]], process_set, priority=priorities[dense[0]], **wish)]
+        made = [make(kind, pairs[0][0], names[dense[0]], process_set, priority=priorities[dense[0]], **wish)]
     else:
         own = [{"priority": priorities[place]} for place in dense]
-        made = make_all("allreduce", [wire for wire, _ in pairs], [names[place] for place in dense], process_set, own, **wish)
+        made = make_all(kind, [wire for wire, _ in pairs], [names[place] for place in dense], process_set, own, **wish)
     for place, result, (_, ctx) in zip(dense, made, pairs):
         results[place] = compression.decompress(result, ctx)
     return results
 
 
+def kind_of(op):
+    """The kind of op that an all-reduce is."""
+    return "adasum" if op is commlib.Adasum else "allreduce"
+
+
 def check_reduction(op, tensors):
     """Refuses what has no meaning, or is no reduction."""
-    if op is commlib.Average and any(tensor.dtype == tf.bool for tensor in tensors):
-        raise ValueError("the average of bool has no meaning: use op=commlib.Max (or) or commlib.Min (and)")
-    if type(op) is not commlib.ReduceOp:
-        raise TypeError(f"op must be commlib.Average, Sum, Min, Max or Product, not {op!r}")
+    for dtype in {tensor.dtype.name for tensor in tensors} or {"float32"}:
+        check_meaning(op, dtype)
 
 
 def _sparse(slices, name, op, compression, scales, process_set, what):
@@ -176,7 +175,7 @@ def allgather(tensor, name=None, ignore_name_scope=False, process_set=global_pro
 def grouped_allgather(tensors, name=None, ignore_name_scope=False, process_set=global_process_set):
     """As `allgather` of each tensor of a list, all at the same time. Returns a list of new tensors. Differentiable."""
     tensors = [_rows(tensor, "grouped_allgather") for tensor in tensors]
-    names = _names(name, "grouped_allgather", tensors)
+    names = _names(name, "grouped_allgather", tensors, process_set)
     return [_with_rows(*pair) for pair in zip(make_all("allgather", tensors, names, process_set), tensors)]
 
 
@@ -199,7 +198,7 @@ def grouped_reducescatter(tensors, device_dense="", compression=Compression.none
     pairs = [compression.compress(_rows(tensor, "grouped_reducescatter")) for tensor in tensors]
     tensors = [tensor for tensor, _ in pairs]
     check_reduction(op, tensors)
-    names = _names(name, "grouped_reducescatter", tensors)
+    names = _names(name, "grouped_reducescatter", tensors, process_set)
     results = make_all("reducescatter", tensors, names, process_set, op=op,
                        scales=(float(prescale_factor), float(postscale_factor)))  # fmt: skip
     return [compression.decompress(_with_rows(result, tensor), ctx) for result, (tensor, ctx) in zip(results, pairs)]

@@ -7,7 +7,7 @@ variables; it knows no gradients.
 
 import tensorflow as tf
 
-from commlib.tensorflow.tape import variable_of
+from commlib.tensorflow.reduction import variable_of
 
 _NEVER = 1 << 30
 

@@ -17,12 +17,13 @@ import threading
 import keras
 import tensorflow as tf
 
-from commlib import CommlibError
+from commlib import Adasum, CommlibError
+from commlib.tensorflow.exchange import known
 from commlib.tensorflow.first_use import places_by_first_use
 from commlib.tensorflow.native import drop_begun
 from commlib.tensorflow.operations import as_it_is, begin, finish, translating
-from commlib.tensorflow.optimizer import apply_reduced, known, move_outward, state_of
-from commlib.tensorflow.tape import variable_of
+from commlib.tensorflow.optimizer import apply_reduced, move_outward, state_of
+from commlib.tensorflow.reduction import variable_of
 
 _log = logging.getLogger("commlib.tensorflow")
 
@@ -114,6 +115,8 @@ class Overlap:
             return "the update needs all gradients at once (global_clipnorm, loss scaling)"
         if state.reduction.has_local():
             return "some layers are the rank's own"
+        if state.reduction.op is Adasum:
+            return "Adasum combines whole steps"
         self._optimizer, state.overlap = model.optimizer, self
         return None
 
@@ -161,24 +164,32 @@ class Overlap:
         if self._begun:
             raise ValueError("train_step applies gradients twice: train this model without enable_forward_overlap")
         state = state_of(self._optimizer)
+        if state.lacking(gradients, variables):
+            self._say("some variables have no gradients")
+            self._refuse_change()
+            return False
         if self._places is None:
             self._places = places_by_first_use(variables)
         parcels = state.parcels(self._optimizer, gradients, variables, self._places)
         if any(parcel.kind != "allreduce" for parcel in parcels):
             self._say("some gradients are tf.IndexedSlices (sparse_as_dense=True makes them dense)")
-            if self._record is not None:
-                raise ValueError("gradients are tf.IndexedSlices in some steps only: use sparse_as_dense=True")
+            self._refuse_change()
             return False
-        for parcel in parcels:
-            begin(parcel.tensors[0], parcel.names[0], state.reduction.process_set, priority=parcel.priority, **parcel.wish)
+        with tf.control_dependencies([state.agreed(self._optimizer, gradients, variables, zeros=True)]):
+            for parcel in parcels:
+                begin(parcel.tensors[0], parcel.names[0], state.reduction.process_set, priority=parcel.priority, **parcel.wish)
         record = _Record(list(variables), gradients, parcels)
         if self._record is not None and record.signature() != self._record.signature():
-            raise ValueError("train_step gives gradients of other variables, or of other shapes, than it did before: train this "
-                             "model without enable_forward_overlap")  # fmt: skip
+            self._refuse_change()
         self._record = record
         self._guard(variables)
         self._begun = len(self._graph.get_operations())
         return True
+
+    def _refuse_change(self):
+        if self._record is not None:
+            raise ValueError("train_step gives gradients of other variables, or of other shapes, than it did before: train this "
+                             "model without enable_forward_overlap")  # fmt: skip
 
     def _check_readers(self):
         """Refuses a step that uses, after its update, weights which are updated later."""

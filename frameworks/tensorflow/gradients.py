@@ -31,6 +31,11 @@ def _allreduce(op, gradient):
     return make("allreduce", gradient, process_set=process_set, op=wish.op, scales=wish.scales)
 
 
+@tf.RegisterGradient("CommlibAdasum")
+def _adasum(op, gradient):
+    raise ValueError("allreduce with op=commlib.Adasum is not differentiable: pass tf.stop_gradient(tensor)")
+
+
 @tf.RegisterGradient("CommlibBroadcast")
 def _broadcast(op, gradient):
     """The root's gradient is the average of all; the others' tensors had no influence."""

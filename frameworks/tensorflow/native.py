@@ -20,9 +20,10 @@ from commlib.direct import Direct
 from commlib.errors import error_of, status_of
 from commlib.names import busy_text
 from commlib.process_sets import process_set_of_id
+from commlib.tensorflow.forms import check
 from commlib.tensorflow.library import native as _library
 
-_VERSION = 1
+_VERSION = 2
 _TEXT_NBYTES, _REQUEST_TEXT_NBYTES = 1024, 256
 _BEGUN, _DONE, _FAILED = 0, 1, 2
 _DRAIN_MS = 5000  # TensorFlow is told of what has ended; that takes no time unless its threads are stuck
@@ -123,7 +124,11 @@ def wish_of(text):
 
 def _begin_allreduce(wish, call):
     prescale, postscale = wish.scales
-    return wish.communicator.allreduce_async(
+    communicator = wish.communicator
+    # C submits others of this name, or begins them for someone else to finish.
+    if wish.name is not None and not _library.commlib_tensorflow_claim(call, _session.direct.base_of(communicator, wish.name)):
+        raise ValueError(busy_text("allreduce", wish.name))
+    return communicator.allreduce_async(
         call.buffer(), name=wish.name, op=wish.op, priority=wish.priority, prescale_factor=prescale, postscale_factor=postscale,
         overlapped=wish.overlapped,
     )  # fmt: skip
@@ -162,13 +167,21 @@ def _begin_alltoall(wish, call):
     return communicator.alltoall_async(call.buffer(), splits or None, name=wish.name, priority=wish.priority)
 
 
+def _begin_check(wish, call):
+    values = call.buffer()
+    check(wish.name, numpy.ctypeslib.as_array((_I32 * values.count).from_address(values.address)).copy())
+    _write(call, 0, values)
+
+
 def _begin_barrier(wish, call):
     return _session.direct.barrier_async(wish.communicator)
 
 
+# Each returns a handle; None: its outputs were written.
 _BEGIN = {
-    "allreduce": _begin_allreduce, "broadcast": _begin_broadcast, "allgather": _begin_allgather,
+    "allreduce": _begin_allreduce, "adasum": _begin_allreduce, "broadcast": _begin_broadcast, "allgather": _begin_allgather,
     "reducescatter": _begin_reducescatter, "alltoall": _begin_alltoall, "barrier": _begin_barrier,
+    "check": _begin_check,
 }  # fmt: skip
 
 _NUMBERS = {
@@ -233,6 +246,8 @@ def _begin(call):
         _write(call, 0, numpy.array(number(wish), dtype=numpy.int32))
         return _DONE
     handle = _BEGIN[wish.kind](wish, call)
+    if handle is None:
+        return _DONE
     _session.handles[call.token] = handle
     _session.direct.tell(handle, _library.commlib_tensorflow_queue(), call.token)
     return _BEGUN
@@ -302,6 +317,7 @@ def _declare():
     _library.commlib_tensorflow_direct.argtypes = (ctypes.c_int, _U64)
     _library.commlib_tensorflow_queue.restype = address
     _library.commlib_tensorflow_output.restype = address
+    _library.commlib_tensorflow_claim.argtypes = (ctypes.POINTER(_Call), _U64)
     _library.commlib_tensorflow_output.argtypes = (ctypes.POINTER(_Call), ctypes.c_int, ctypes.POINTER(_I64), ctypes.c_int)
     _library.commlib_tensorflow_failure.argtypes = (ctypes.c_char_p, ctypes.POINTER(_I32), ctypes.c_char_p, ctypes.c_size_t)
     said = (_U64(), _U64(), _U64())

@@ -45,7 +45,7 @@ def make(kind, tensor=None, name=None, process_set=global_process_set, splits=No
         with translating():
             return _op(kind, inputs, Wish(kind, name, set_id, **wish).text())
     if name is None:
-        name = place_of(f"commlib_{kind}")
+        name = place_of(f"commlib_{kind}", process_set)
     return _free_op(kind, inputs, Wish(kind, name, set_id, **wish).text())
 
 
@@ -189,14 +189,17 @@ def _check_compiler(graph, kind):
                          "compile(jit_compile=False)")  # fmt: skip
 
 
-def place_of(word):
-    """A name for what has none: in a function the function's, and its number among those of this word there; else the word.
+def place_of(word, process_set):
+    """A name for what has none: in a function the function's, and its number among those of this word and process set there;
+    else the word.
 
-    So it does not depend on what else a rank puts into the function.
+    So it does not depend on what else a rank puts into the function, or what others do of which it is no part.
     """
     if tf.executing_eagerly():
         return word
     graph = tf.compat.v1.get_default_graph()
+    number = number_of(process_set)
+    word = f"{word}_of_{number}" if number else word
     return f"{_path(graph)}/{graph.unique_name(word)}"
 
 

@@ -12,11 +12,13 @@ import tensorflow as tf
 
 import commlib
 from commlib.process_sets import global_process_set
+from commlib.tensorflow.adasum import combined_step
 from commlib.tensorflow.compression import Compression
-from commlib.tensorflow.exchange import Exchange, checked_groups
+from commlib.tensorflow.exchange import Exchange, checked_groups, waited_for
 from commlib.tensorflow.first_use import places_by_first_use
-from commlib.tensorflow.operations import as_it_is, make_all
-from commlib.tensorflow.tape import Reduction, weights_of
+from commlib.tensorflow.forms import NONE
+from commlib.tensorflow.operations import as_it_is
+from commlib.tensorflow.reduction import Reduction, weights_of
 
 _STATE = "_commlib"
 _numbers = itertools.count()  # every rank makes its optimizers in the same order
@@ -64,13 +66,47 @@ class State:
             reduced.update(parcel.open(own))
         numbers = numbers_of(optimizer, variables)
         gradients = self.reduction.scale_local(gradients, variables)
-        gradients = [reduced.get(number, gradient) for number, gradient in zip(numbers, gradients)]
-        return gradients if self.factor == 1 else [self._multiplied(gradient) for gradient in gradients]
+        return self.multiplied([reduced.get(number, gradient) for number, gradient in zip(numbers, gradients)])
+
+    def agreed(self, optimizer, gradients, variables, *, zeros):
+        """What all ranks have gradients of, for each variable of the optimizer; see agreement.agreed."""
+        mine = dict(zip(numbers_of(optimizer, variables), gradients))
+        return self.exchange.agreed(mine, optimizer._trainable_variables, zeros=zeros)
 
     def reduce(self, optimizer, gradients, variables, places=None):
-        """As `parcels`, sent and waited for."""
+        """As `parcels`, sent and waited for; on all ranks gradients are of the same variables, or none is sent."""
+        told = self.agreed(optimizer, gradients, variables, zeros=False)
+        return self._reduced(optimizer, gradients, variables, told, places)
+
+    def fill_and_reduce(self, optimizer, gradients, variables):
+        """As `reduce`; where this rank has no gradient and another one has, zeros take part.
+
+        Returns:
+            (gradients, a truth value: whether another rank has one where this rank has none).
+        """
+        told = self.agreed(optimizer, gradients, variables, zeros=True)
+        numbers = numbers_of(optimizer, variables)
+        lacking = self.lacking(gradients, variables)
+        for number in lacking:
+            gradients[number] = tf.zeros(variables[number].shape, variables[number].dtype)
+        reduced = self._reduced(optimizer, gradients, variables, told)
+        if not lacking:
+            return reduced, False
+        return reduced, tf.reduce_any(tf.gather(told, [numbers[number] for number in lacking]) > NONE)
+
+    def lacking(self, gradients, variables):
+        """Places of variables of which this rank has no gradient, and others may have one."""
+        return [number for number, (gradient, variable) in enumerate(zip(gradients, variables))
+                if gradient is None and not self.reduction.is_local(variable)]  # fmt: skip
+
+    def _reduced(self, optimizer, gradients, variables, told, places=None):
         parcels = self.parcels(optimizer, gradients, variables, places)
-        return self.finish(optimizer, parcels, waited_for(parcels, self.reduction.process_set), gradients, variables)
+        results = waited_for(parcels, self.reduction.process_set, told)
+        return self.finish(optimizer, parcels, results, gradients, variables)
+
+    def multiplied(self, gradients):
+        """Gradients times the factor; None stays None."""
+        return gradients if self.factor == 1 else [self._multiplied(gradient) for gradient in gradients]
 
     def _multiplied(self, gradient):
         if gradient is None:
@@ -79,28 +115,6 @@ class State:
         if isinstance(gradient, tf.IndexedSlices):
             return tf.IndexedSlices(gradient.values * factor, gradient.indices, gradient.dense_shape)
         return gradient * factor
-
-
-def waited_for(parcels, process_set):
-    """The results of each parcel's operations, all of which run at the same time; in eager mode when all have come."""
-    results = {}
-    for kind in ("allreduce", "allgather"):
-        mine = [parcel for parcel in parcels if parcel.kind == kind]
-        wishes = [{"priority": parcel.priority, **parcel.wish} for parcel in mine for _ in parcel.tensors]
-        made = iter(make_all(kind, [tensor for parcel in mine for tensor in parcel.tensors],
-                             [name for parcel in mine for name in parcel.names], process_set, wishes))  # fmt: skip
-        results.update({id(parcel): [next(made) for _ in parcel.tensors] for parcel in mine})
-        if kind == "allreduce":
-            results.update({id(parcel): [known(results[id(parcel)][0], parcel.tensors[0].shape)] for parcel in mine})
-    return [results[id(parcel)] for parcel in parcels]
-
-
-def known(result, shape):
-    """A result whose shape is known also to TensorFlow's rewriting of graphs.
-
-    How that orders arithmetic, and so the bits, depends on shapes: steps that wait and steps that do not shall look alike.
-    """
-    return result if tf.executing_eagerly() or not shape.is_fully_defined() else tf.ensure_shape(result, shape)
 
 
 def numbers_of(optimizer, variables):
@@ -114,6 +128,14 @@ def build(optimizer, variables):
         with tf.init_scope(), keras.name_scope(optimizer.name, caller=optimizer):
             optimizer.build(list(variables))
         optimizer.built = True
+
+
+def either(condition, first, second):
+    """One of two functions that have effects, by a truth value or a tensor."""
+    if isinstance(condition, bool) or tf.executing_eagerly():
+        (first if bool(condition) else second)()
+    else:
+        tf.cond(condition, lambda: (first(), True)[1], lambda: (second(), True)[1])
 
 
 def apply_reduced(optimizer, gradients, variables):
@@ -137,9 +159,15 @@ class _Distributed:
             return super().apply(gradients, variables)  # ditto
         if state.overlap is not None and state.overlap.takes(gradients, variables):
             return None
-        if not self.gradient_accumulation_steps:
-            gradients = state.reduce(self, gradients, variables)
-        return super().apply(gradients, variables)
+        if state.reduction.op is commlib.Adasum:
+            gradients = state.reduction.scale_local(gradients, variables)
+            gradients = gradients if self.gradient_accumulation_steps else state.multiplied(gradients)
+            return combined_step(lambda: self._commlib_apply(gradients, variables), variables, state.reduction, state.exchange.name)
+        if self.gradient_accumulation_steps:
+            return super().apply(gradients, variables)
+        reduced, others_have = state.fill_and_reduce(self, list(gradients), variables)
+        return either(others_have, lambda: self._commlib_apply(reduced, variables), lambda: self._commlib_apply(
+            [None if gradient is None else one for gradient, one in zip(gradients, reduced)], variables))  # fmt: skip
 
     def _commlib_apply(self, gradients, variables):
         super().apply(gradients, variables)
@@ -153,7 +181,8 @@ class _Distributed:
         # With gradient accumulation Keras comes here in the last pass only, with the sums.
         if self.gradient_accumulation_steps:
             state = state_of(self)
-            grads = state.reduce(self, grads, *state.passed)
+            is_own_step = state.reduction.op is commlib.Adasum
+            grads = state.multiplied(grads) if is_own_step else state.reduce(self, grads, *state.passed)
         return super()._clip_gradients(grads)
 
     def register_local_var(self, variable):
@@ -260,7 +289,7 @@ def DistributedOptimizer(optimizer, name=None, device_dense="", device_sparse=""
         compression: what travels; one of Compression.
         sparse_as_dense: gradients that are tf.IndexedSlices are made dense, and summed by rows, before they travel.
         gradient_predivide_factor: with Average: divides each contribution before the sum; the rest of it after.
-        op: Average (the default) or Sum, or another.
+        op: Average (the default) or Sum, or another. Adasum: each rank makes its own step, and the changes of weights are combined.
         backward_passes_per_step: gradients of so many calls are added up and reduced once: Keras's gradient_accumulation_steps.
         average_aggregated_gradients: they are divided by that number; else, as in Horovod, not.
         groups: gradients that travel together: their number, or lists of variables. None: small neighbours do.
@@ -289,6 +318,8 @@ def DistributedOptimizer(optimizer, name=None, device_dense="", device_sparse=""
     _accumulating(optimizer, backward_passes_per_step)
     name = f"DistributedOptimizer.{next(_numbers)}" if name is None else str(name)
     factor = 1 if average_aggregated_gradients else backward_passes_per_step
+    if op is commlib.Adasum and getattr(optimizer, "inner_optimizer", optimizer).use_ema:
+        raise ValueError("op=Adasum combines changes of weights after the step, and use_ema averages weights in it: use one of them")
     _watch_loss_scaling()
     _swap(optimizer, State(Exchange(name, reduction, groups), factor))
     return optimizer

@@ -20,7 +20,7 @@ def _told(variables, root_rank, process_set):
         if value.dtype not in DTYPES and value.dtype not in _CARRIERS:
             raise ValueError(f"variable {place} has dtype {value.dtype.name}, which cannot be broadcast: use broadcast_object")
     wires = [tf.bitcast(value, _CARRIERS[value.dtype]) if value.dtype in _CARRIERS else value for value in values]
-    name = place_of("broadcast_variables")
+    name = place_of("broadcast_variables", process_set)
     names = [f"{name}.{place}" for place in range(len(values))]
     told = make_all("broadcast", wires, names, process_set, root=root_rank)
     return [tf.bitcast(one, value.dtype) if value.dtype in _CARRIERS else one for one, value in zip(told, values)]

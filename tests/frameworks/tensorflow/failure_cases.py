@@ -48,7 +48,6 @@ def wrong_calls(graph):
         "dtype": lambda: comm.allreduce(tf.constant("text")),
         "complex": lambda: comm.allgather(tf.ones([1], tf.complex64)),
         "op": lambda: comm.allreduce(x, op="sum"),
-        "adasum": lambda: comm.allreduce(x, op=comm.Adasum),
         "average and op": lambda: comm.allreduce(x, average=True, op=comm.Sum),
         "average of bool": lambda: comm.allreduce(tf.constant([True])),
         "scalar": lambda: comm.allgather(tf.constant(1.0)),

@@ -76,6 +76,33 @@ def one_after_the_other():
     return message
 
 
+def one_name():
+    """What is said to who uses a name that is in flight, for each two of the ways to submit under it."""
+    def begin():
+        operations.begin(tf.ones(3), "one name", op=comm.Sum)
+
+    others = {"begin": begin, "whole": lambda: comm.allreduce(tf.ones(3), op=comm.Sum, name="one name"),
+              "function": tf.function(lambda: comm.allreduce(tf.ones(3), op=comm.Sum, name="one name"), autograph=False),
+              "Adasum": lambda: comm.allreduce(tf.ones(3), op=comm.Adasum, name="one name")}  # fmt: skip
+    said = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for way in ("directly", "by Python"):
+            if way == "by Python":
+                commlib.start_timeline(folder + "/trace.json")
+            begin()
+            said.update({(way, name): raised(other) for name, other in others.items()})
+            if way == "directly":
+                commlib.start_timeline(folder + "/trace.json")
+            else:
+                commlib.stop_timeline()
+            said.update({(way, name, "after a change"): raised(other) for name, other in others.items()})
+            operations.finish("one name", tf.float32, [3], op=comm.Sum)
+            if way == "directly":
+                commlib.stop_timeline()
+    assert [others["whole"]().numpy().tolist(), others["Adasum"]().numpy().tolist()] == [[comm.size()] * 3, [1.0] * 3]
+    return said
+
+
 def raised(function, *arguments, **options):
     try:
         function(*arguments, **options)

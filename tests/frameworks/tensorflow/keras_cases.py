@@ -257,7 +257,7 @@ def refused():
         "no passes": lambda: comm.DistributedOptimizer(sgd(0.1), backward_passes_per_step=0),
         "both": lambda: comm.DistributedOptimizer(sgd(0.1, gradient_accumulation_steps=2), backward_passes_per_step=3),
         "predivide": lambda: comm.DistributedOptimizer(sgd(0.1), op=comm.Sum, gradient_predivide_factor=2.0),
-        "adasum": lambda: comm.DistributedOptimizer(sgd(0.1), op=comm.Adasum),
+        "adasum": lambda: comm.DistributedOptimizer(sgd(0.1, use_ema=True), op=comm.Adasum),
         "groups": lambda: comm.DistributedOptimizer(sgd(0.1), groups="all"),
         "layer": lambda: comm.PartialDistributedOptimizer(sgd(0.1), local_layers=keras.layers.Dense(1)),
         "xla": lambda: fit(compiled, "sgd", comm.rank(), comm.size()),

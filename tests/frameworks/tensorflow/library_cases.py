@@ -26,10 +26,14 @@ def refusals():
 
 
 def as_horovod():
-    """Whether `import horovod.tensorflow` is commlib's."""
+    """Whether `import horovod.tensorflow` is commlib's, and what is inside it, and horovod.keras."""
     import commlib.horovod
+    import commlib.keras
 
     commlib.horovod.install()
     hvd = importlib.import_module("horovod.tensorflow")
     functions = importlib.import_module("horovod.tensorflow.functions")
-    return hvd is comm and functions.broadcast_variables is comm.broadcast_variables
+    keras = [importlib.import_module(name) for name in ("horovod.tensorflow.keras", "horovod.keras")]
+    callbacks = [importlib.import_module(f"{module}.callbacks") for module in ("horovod.tensorflow.keras", "horovod.keras")]
+    return (hvd is comm and functions.broadcast_variables is comm.broadcast_variables and callbacks[0] is callbacks[1]
+            and keras[0].DistributedOptimizer is keras[1].DistributedOptimizer is commlib.keras.DistributedOptimizer)

@@ -38,8 +38,7 @@ def test_mismatches(ranks, graph):
 
 MESSAGES = {
     "dtype": "dtype string is not supported; use one of uint8", "complex": "dtype complex64 is not supported",
-    "op": "op must be commlib.Average, Sum, Min, Max or Product, not 'sum'",
-    "adasum": "Adasum is not supported here",
+    "op": "op must be commlib.Average, Sum, Min, Max, Product or Adasum, not 'sum'",
     "average and op": "The op parameter supersedes average", "average of bool": "the average of bool has no meaning",
     "scalar": "works along the first dimension, and a scalar has none", "scalar scattered": "and a scalar has none",
     "splits": "splits must be 3 numbers of rows",

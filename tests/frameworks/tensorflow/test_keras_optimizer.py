@@ -67,7 +67,7 @@ def test_wrong_calls(tensorflow_ranks):
     parts = {
         "no optimizer": "takes an optimizer of keras.optimizers", "twice": "is distributed already",
         "tf 1": "not with tf.compat.v1.train", "passes": "has made no step yet", "no passes": "an int of at least 1",
-        "both": "give one of them", "predivide": "not supported with op != Average", "adasum": "Adasum is not supported",
+        "both": "give one of them", "predivide": "not supported with op != Average", "adasum": "use_ema averages weights in it",
         "groups": "a non-negative integer or a list", "layer": "has no weights yet", "xla": "jit_compile=False",
     }  # fmt: skip
     for said in tensorflow_ranks(2).call("keras_cases:refused"):
