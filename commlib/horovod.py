@@ -28,6 +28,10 @@ _ANSWERS = {
     "horovod.tensorflow.functions": "commlib.tensorflow.variables",
     "horovod.tensorflow.compression": "commlib.tensorflow.compression",
     "horovod.tensorflow.sync_batch_norm": "commlib.tensorflow.sync_batch_norm",
+    "horovod.tensorflow.keras": "commlib.tensorflow.keras",
+    "horovod.tensorflow.keras.callbacks": "commlib.tensorflow.keras.callbacks",
+    "horovod.keras": "commlib.keras",
+    "horovod.keras.callbacks": "commlib.keras.callbacks",
     "horovod.common.process_sets": "commlib.process_sets",
 }
 
