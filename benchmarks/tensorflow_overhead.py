@@ -39,7 +39,7 @@ def gradients_of(variables, wrap):
     """Of a loss to which every variable contributes."""
     with tf.GradientTape() as tape:
         loss = tf.add_n([tf.reduce_sum(tf.square(one)) for one in variables])
-    return wrap(tape).gradient(loss, [getattr(one, "value", one) for one in variables])
+    return wrap(tape).gradient(loss, variables)
 
 
 def of_tape(variables, wrap):

@@ -80,7 +80,7 @@ class AdasumHandle:
         return self._is_done.is_set()
 
     def tell(self, tell):
-        """Has tell(operation) called once it is done, perhaps by another thread; the operation is one of the engine's, done, too."""
+        """Has tell(operation) called once it is done, perhaps by another thread; the operation is the engine's, and done, too."""
         with self._lock:
             if not self._is_done.is_set():
                 self._waiting.append(tell)

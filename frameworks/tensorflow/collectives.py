@@ -53,8 +53,8 @@ def allreduce(tensor, average=None, device_dense="", device_sparse="", compressi
         array([1., 1.], dtype=float32)
         >>> comm.shutdown()
     """
-    return _reduced([tensor], [name], op_of(average, op, adasum=True), compression, (prescale_factor, postscale_factor), process_set,
-                    [priority], "allreduce", False)[0]  # fmt: skip
+    return _reduced([tensor], [name], op_of(average, op, adasum=True), compression, (prescale_factor, postscale_factor),
+                    process_set, [priority], "allreduce", False)[0]  # fmt: skip
 
 
 @as_it_is

@@ -86,8 +86,9 @@ class Exchange:
         dense = [number for number in gradients if number not in sparse]
         wires = {number: self.reduction.compression.compress(_dense(gradients[number], variables[number])) for number in dense}
         made = [self._of_slices(number, gradients[number], places[number]) for number in sparse]
+        groups = self._groups(sorted(dense), {number: wire for number, (wire, _) in wires.items()}, variables)
         made += [self._of_group(group, {number: wires[number] for number in group}, min(places[number] for number in group))
-                 for group in self._groups(sorted(dense), {number: wire for number, (wire, _) in wires.items()}, variables)]  # fmt: skip
+                 for group in groups]  # fmt: skip
         return sorted(made, key=lambda parcel: parcel.priority)
 
     def _groups(self, numbers, wires, variables):

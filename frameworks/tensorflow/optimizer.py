@@ -319,7 +319,7 @@ def DistributedOptimizer(optimizer, name=None, device_dense="", device_sparse=""
     name = f"DistributedOptimizer.{next(_numbers)}" if name is None else str(name)
     factor = 1 if average_aggregated_gradients else backward_passes_per_step
     if op is commlib.Adasum and getattr(optimizer, "inner_optimizer", optimizer).use_ema:
-        raise ValueError("op=Adasum combines changes of weights after the step, and use_ema averages weights in it: use one of them")
+        raise ValueError("op=Adasum combines changes of weights after the step, and use_ema averages weights in it: use one")
     _watch_loss_scaling()
     _swap(optimizer, State(Exchange(name, reduction, groups), factor))
     return optimizer

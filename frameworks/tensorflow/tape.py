@@ -25,7 +25,8 @@ class _Distributed:
     def _reduced(self, gradients, sources):
         """The gradients of all ranks; None stays None. Sources are in the order of the forward pass as far as one knows it."""
         reduction, groups = self._commlib
-        return reduced_by(Exchange(place_of("DistributedGradientTape", reduction.process_set), reduction, groups), gradients, sources)
+        name = place_of("DistributedGradientTape", reduction.process_set)
+        return reduced_by(Exchange(name, reduction, groups), gradients, sources)
 
     def register_local_source(self, source):
         """The gradient of this variable stays the rank's own."""

@@ -40,7 +40,7 @@ def test_wrong_calls(tensorflow_ranks, graph):
     texts = {
         "shapes": "ranks disagree", "integers": "op=commlib.Adasum is for float16, bfloat16, float32, float64, not int32",
         "sparse": "tf.IndexedSlices with op=commlib.Adasum: use Average or Sum", "scattered": "op=Adasum is not supported here",
-        "not differentiable": "with op=commlib.Adasum is not differentiable", "ema": "use one of them",
+        "not differentiable": "with op=commlib.Adasum is not differentiable", "ema": "use one",
         "passes": "use keras.optimizers", "twice": "is distributed already",
     }  # fmt: skip
     for errors in tensorflow_ranks(2).call("tensorflow_adasum_cases:wrong", graph):
