@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+import signal
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 import commlib.keras as comm
+import commlib.tensorflow
 
 BATCH, STEPS = 12, 20  # of all ranks together; every size of the tests divides it
 FEATURES, CLASSES = 10, 4
@@ -55,6 +57,25 @@ class OwnStep(keras.Model):
         x, y = data
         with tf.GradientTape() as tape:
             loss = self.compute_loss(y=y, y_pred=self(x, training=True))
+        self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return {"loss": loss}
+
+
+class WrongStep(keras.Model):
+    """A train_step with a call that is wrong."""
+
+    def train_step(self, data):
+        return {"loss": comm.allreduce(1.0, op="sum")}
+
+
+class TapeStep(keras.Model):
+    """Horovod's form: a tape whose gradients are those of all ranks, and an optimizer that knows nothing of them."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=y, y_pred=self(x, training=True))
+        tape = commlib.tensorflow.DistributedGradientTape(tape)
         self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
         return {"loss": loss}
 
@@ -155,6 +176,29 @@ def against_one_process(case):
     alone = made(case)
     fit(alone, case, 0, 1)
     return difference(model.get_weights(), alone.get_weights()), digest(state(model))
+
+
+def tape_in_fit():
+    """(difference from one process that sees the whole batch, digest) of a train_step with a DistributedGradientTape."""
+    keras.utils.set_random_seed(7)
+    model = functional()
+    model = TapeStep(model.inputs, model.outputs)
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    fit(model, "momentum", comm.rank(), comm.size())
+    alone = made("momentum")
+    fit(alone, "momentum", 0, 1)
+    return difference(model.get_weights(), alone.get_weights()), digest(state(model))
+
+
+def wrong_step():
+    """What fit says of a wrong call in it, in a function and eagerly."""
+    said = []
+    for eagerly in (False, True):
+        model = functional()
+        model = WrongStep(model.inputs, model.outputs)
+        model.compile(comm.DistributedOptimizer(keras.optimizers.SGD(0.1)), run_eagerly=eagerly)
+        said.append(_text_of(lambda model=model: fit(model, "sgd", comm.rank(), comm.size())))
+    return said
 
 
 def overlapped(case):
@@ -268,7 +312,7 @@ def refused():
 def _text_of(call):
     try:
         call()
-    except (ValueError, RuntimeError, tf.errors.OpError) as error:
+    except (TypeError, ValueError, RuntimeError, tf.errors.OpError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -289,7 +333,7 @@ def lost():
     class Die(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             if batch == 3 and comm.rank() == 1:
-                os._exit(9)
+                os.kill(os.getpid(), signal.SIGKILL)
 
     model = made("sgd", comm.DistributedOptimizer)
     return _text_of(lambda: fit(model, "sgd", comm.rank(), comm.size(), callbacks=[Die()]))

@@ -76,6 +76,16 @@ def test_wrong_calls(tensorflow_ranks):
             assert said[name] is not None and part in said[name], (name, said[name])
 
 
+def test_a_tape_in_a_train_step(tensorflow_ranks):
+    check(tensorflow_ranks(2).call("keras_cases:tape_in_fit"))
+
+
+def test_a_wrong_call_in_fit(tensorflow_ranks):
+    for said in tensorflow_ranks(2).call("keras_cases:wrong_step"):
+        for text in said:
+            assert "op must be commlib.Average, Sum, Min, Max, Product or Adasum, not 'sum'" in text, text
+
+
 def test_models_that_differ(tensorflow_ranks):
     results = tensorflow_ranks(2).call("keras_cases:mismatched")
     for text, _ in results:

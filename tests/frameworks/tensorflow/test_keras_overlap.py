@@ -17,7 +17,7 @@ def test_same_bits(tensorflow_ranks, case):
     assert results[0][2] == results[1][2]
 
 
-@pytest.mark.parametrize("case", ["adam"])
+@pytest.mark.parametrize("case", ["sgd", "adam", "adamw"])
 def test_same_bits_of_three(tensorflow_ranks, case):
     results = tensorflow_ranks(3).call("keras_overlap_cases:against_waiting", case)
     assert [result[:2] for result in results] == [(True, True)] * 3
