@@ -4,8 +4,9 @@
 
 Two network namespaces stand for two hosts (torch_link.py makes them), each with one rank. The model is twelve dense layers of
 512 x 512, 12.6 MB of gradients. The three ways take turns in one run. Beside them stands commlib.schedule's ideal: free
-preemption, no latency, and as its inputs what was measured in the same run: what the link needs for all gradients (the fastest of large
-all-reduces), the step alone, and the forward pass alone. The layers are alike: of backward each takes two parts, the first one.
+preemption, no latency, and as its inputs what was measured in the same run: what the link needs for all gradients (the fastest of
+large all-reduces), the step alone, and the forward pass alone. The layers are alike: of backward each takes two parts, the
+first one.
 """
 
 import argparse
