@@ -5,9 +5,10 @@
     python benchmarks/truth.py compare benchmarks/results/truth.json
 
 `measure` runs, on hosts that are network namespaces (cluster.py), a ping-pong between two of them, all-reduces one at a time, and
-emulated training (emulated.py) of every model under every schedule, and keeps the raw times. `compare` takes latency and
-bandwidth from the ping-pong of the run on two hosts with the same links, and nothing else; simulates all runs with the settings
-that they had; and prints both times and how far they are apart.
+emulated training (emulated.py) of every model under every schedule, and keeps the raw times. `compare` takes bandwidth from the
+ping-pong of the run on two hosts with the same links, and what a message costs the processor, which all hosts share, from all
+ping-pongs of two hosts, and nothing else; simulates all runs with the settings that they had; and prints both times and how far
+they are apart.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from record import add_run
 from scaling import environment, wait_for
 
 from commlib import models
+from commlib.cluster import Processor
 from commlib.cost import Link
 from commlib.messages import SCHEDULES
 from commlib.plan import Shape
@@ -40,6 +42,7 @@ LARGE_NBYTES = (4 << 20, 16 << 20)
 ALLREDUCE_NBYTES = (1 << 20, 4 << 20, 16 << 20)
 FORWARD_SHARE = 1 / 3
 LONGEST_S = 230
+MOST_HOSTS = 250  # all are on one machine
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------
@@ -78,25 +81,31 @@ def measure(arguments):
                       for rank, result in enumerate(results)], LONGEST_S)  # fmt: skip
             found = [json.loads(result.read_text()) for result in results]
         record = {"hosts": hosts, "rate_mbit": arguments.rate_mbit, "order": order, "settings": found[0]["settings"],
-                  "ping_pong": found[0]["ping_pong"], "allreduce": [one["allreduce"] for one in found],
-                  "steps": [one["steps"] for one in found]}  # fmt: skip
+                  "ping_pong": found[0]["ping_pong"], "busy": [one["busy"] for one in found[:2]],
+                  "allreduce": [one["allreduce"] for one in found], "steps": [one["steps"] for one in found]}  # fmt: skip
         add_run(arguments.output, f"{hosts} hosts, {arguments.rate_mbit} Mbit/s", arguments, load, record)
         print(f"{hosts} hosts measured", flush=True)
 
 
 # ---- comparing ----------------------------------------------------------------------------------------------------
 
-def fitted(run):
-    """The link that a ping-pong shows: latency of a small message, bandwidth by what a longer one takes more."""
-    one_way_s = {int(nbytes): seconds for nbytes, seconds in run["ping_pong"].items()}
-    low, high = LARGE_NBYTES
-    return Link(one_way_s[SMALL_NBYTES], (one_way_s[high] - one_way_s[low]) / (high - low))
+def fitted(pairs, rate_mbit):
+    """(link, processor) as ping-pongs of two hosts show them.
+
+    Between namespaces nothing is on its way: the latency of a small message is its sender's and its receiver's processor time. What
+    each byte takes of that is told by the processes' own clocks, half of it for sending.
+    """
+    low, high = map(str, LARGE_NBYTES)
+    run = next(one for one in pairs if one["rate_mbit"] == rate_mbit)
+    beta_s = (run["ping_pong"][high] - run["ping_pong"][low]) / (LARGE_NBYTES[1] - LARGE_NBYTES[0])
+    small_s = statistics.median(one["ping_pong"][str(SMALL_NBYTES)] for one in pairs)
+    busy_s = [(rank[high] - rank[low]) / (LARGE_NBYTES[1] - LARGE_NBYTES[0]) for one in pairs for rank in one["busy"]]
+    return Link(0.0, beta_s), Processor(run["machine"]["cores"], MOST_HOSTS, small_s / 2, statistics.median(busy_s) / 2)
 
 
-def simulated_allreduce_s(shape, link, settings, nbytes):
-    simulation = Simulation(shape, link, link, settings)
-    choice = select("allreduce", nbytes, shape, settings)
-    for rank in range(shape.size):
+def simulated_allreduce_s(simulation, nbytes):
+    choice = select("allreduce", nbytes, simulation.shape, simulation.settings)
+    for rank in range(simulation.shape.size):
         simulation.allreduce(rank, 1, nbytes // 4, choice=choice)
     while simulation.next().kind is not EventKind.IDLE:
         end_s = simulation.now_s
@@ -104,10 +113,9 @@ def simulated_allreduce_s(shape, link, settings, nbytes):
     return end_s
 
 
-def simulated_step_s(shape, link, settings, work, steps):
+def simulated_step_s(simulation, work, steps):
     layers = [TrainingLayer(*times_s, tuple(counts)) for times_s, counts in zip(work["times_s"], work["counts"])]
     schedule = SCHEDULES[work["schedule"]]
-    simulation = Simulation(shape, link, link, settings)
     times_s = simulate_training(layers, simulation, steps, schedule, schedule.messages(work["counts"], work["shrink"]))
     simulation.close()
     return statistics.median(times_s)
@@ -115,19 +123,25 @@ def simulated_step_s(shape, link, settings, work, steps):
 
 def rows(runs, run):
     """(what, measured seconds, simulated seconds) of all that one run measured."""
-    link = fitted(next(one for one in runs if one["hosts"] == 2 and one["rate_mbit"] == run["rate_mbit"]))
+    link, processor = fitted([one for one in runs if one["hosts"] == 2], run["rate_mbit"])
     shape, settings = Shape((1,) * run["hosts"]), Settings.from_json(run["settings"])
+
+    def fresh():
+        return Simulation(shape, link, link, settings, processor=processor)
+
     for nbytes in run["order"]["allreduce"]:
         measured_s = max(statistics.median(rank[str(nbytes)]) for rank in run["allreduce"])
-        yield f"all-reduce of {nbytes >> 20} MiB", measured_s, simulated_allreduce_s(shape, link, settings, nbytes)
+        yield f"all-reduce of {nbytes >> 20} MiB", measured_s, simulated_allreduce_s(fresh(), nbytes)
     for work in run["order"]["trainings"]:
         name = f"{work['model']} {work['schedule']}"
         measured_s = max(statistics.median(rank[name]) for rank in run["steps"])
-        yield name, measured_s, simulated_step_s(shape, link, settings, detailed(work), run["order"]["steps"])
+        yield name, measured_s, simulated_step_s(fresh(), detailed(work), run["order"]["steps"])
 
 
 def compare(arguments):
     runs = list(json.loads(pathlib.Path(arguments.file).read_text())["runs"].values())
+    if not any(run["hosts"] == 2 and run["rate_mbit"] == one["rate_mbit"] for run in runs for one in runs):
+        raise SystemExit("the links are fitted on two hosts: measure them, too")
     runs.sort(key=lambda run: (run["hosts"], -run["rate_mbit"]))
     errors = {}
     print("| hosts, links | what | measured ms | simulated ms | simulated / measured |\n| --- | --- | ---: | ---: | ---: |")

@@ -20,11 +20,14 @@ from commlib.schedule import LayerTime
 
 
 def ping_pong(communicator, sizes, rounds):
-    """{bytes: seconds one way}, between ranks 0 and 1, the median of some rounds."""
+    """({bytes: seconds one way, the median of some rounds}, {bytes: this process's processor seconds to send and receive one})."""
     engine = communicator._engine
-    if engine.rank > 1:
-        return {}
-    return {str(nbytes): calibrate.one_way_s(engine, "between", 1, nbytes, rounds, statistics.median) for nbytes in sizes}
+    one_way_s, busy_s = {}, {}
+    for nbytes in sizes if engine.rank <= 1 else ():
+        begin_s = time.process_time()
+        one_way_s[str(nbytes)] = calibrate.one_way_s(engine, "between", 1, nbytes, rounds, statistics.median)
+        busy_s[str(nbytes)] = (time.process_time() - begin_s) / rounds
+    return one_way_s, busy_s
 
 
 def allreduces(communicator, nbytes, repeats):
@@ -42,8 +45,8 @@ def main():
     order = json.loads(pathlib.Path(sys.argv[1]).read_text())
     mover = Commlib()
     communicator = mover.communicator
-    result = {"settings": communicator.settings.to_json(), "ping_pong": {}, "allreduce": {}, "steps": {}}
-    result["ping_pong"] = ping_pong(communicator, order["ping_pong"], order["rounds"])
+    result = {"settings": communicator.settings.to_json(), "allreduce": {}, "steps": {}}
+    result["ping_pong"], result["busy"] = ping_pong(communicator, order["ping_pong"], order["rounds"])
     communicator.barrier()
     for nbytes in order["allreduce"]:
         result["allreduce"][str(nbytes)] = allreduces(communicator, nbytes, order["repeats"])

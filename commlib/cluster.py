@@ -11,7 +11,7 @@ not know it refuses: a key that is not read would be a wrong prediction.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple
 
 from commlib.cost import Link
 from commlib.json_table import JsonTable, load
@@ -19,10 +19,27 @@ from commlib.plan import Shape
 from commlib.settings import Settings
 
 _BITS = 8
+_MOST_CORES = 1024
 _MOST_RANKS = 8192  # the simulation has a table of all pairs of ranks: 0.5 GB at this size
 
 # What a core adds in fp32, read and written once: 10 GB/s, as selection assumes where nothing was measured.
 _REDUCTION_GBYTE_PER_S = 10.0
+
+
+class Processor(NamedTuple):
+    """What moves the messages of a host's ranks, or of several hosts' that are emulated on one machine.
+
+    Args:
+        cores: that work beside each other; 0: messages take no processor time.
+        hosts: so many hosts share one processor.
+        message_s: to send or to receive a message, whatever its size.
+        busy_s_per_byte: of a message on its way out or in, beside its way over the link.
+    """
+
+    cores: int = 0
+    hosts: int = 1
+    message_s: float = 0.0
+    busy_s_per_byte: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +56,7 @@ class Cluster:
         straggler_every: one rank in so many is slow, rank 0 first; 0: none is.
         straggler_slowness: by what compute and reductions of the slow ones are multiplied.
         tflops: floating-point operations that a rank really sustains, in 10^12 per second; None: not known.
+        processor: what messages cost those who send and receive them.
     """
 
     ranks_per_host: int
@@ -51,6 +69,7 @@ class Cluster:
     straggler_every: int = 0
     straggler_slowness: float = 1.0
     tflops: Optional[float] = None
+    processor: Processor = Processor()
 
     @classmethod
     def load(cls, path: str) -> Cluster:
@@ -89,6 +108,7 @@ class Cluster:
             straggler_every=stragglers.whole("one_in", least=0, most=_MOST_RANKS),
             straggler_slowness=stragglers.number("slower", least=1),
             tflops=reader.number("tflops", 0, least=0) or None,
+            processor=_processor(reader.part("processor", False)),
         )
         stragglers.end()
         reader.end()
@@ -152,6 +172,18 @@ class Cluster:
 
 def _faster(link: Link, factor: float) -> Link:
     return replace(link, beta_s_per_byte=link.beta_s_per_byte / factor)
+
+
+def _processor(table: Any) -> Processor:
+    if table is False:
+        return Processor()  # the file does not speak of it
+    reader = JsonTable(table, "the processor")
+    processor = Processor(
+        cores=reader.whole("cores", least=1, most=_MOST_CORES), hosts=reader.whole("hosts", least=1, most=_MOST_RANKS, default=1),
+        message_s=1e-6 * reader.number("message_us", least=0), busy_s_per_byte=1e-9 / reader.number("gbyte_per_s", above=0),
+    )  # fmt: skip
+    reader.end()
+    return processor
 
 
 def _link(table: Any, where: str, gamma_s_per_byte: float) -> Link:

@@ -184,7 +184,7 @@ def _simulated(job, shape, workload, name, progress):
     simulation = Simulation(
         shape, cluster.inside, cluster.between, cluster.settings(shape, job.record), shares_port=cluster.shared_nic,
         switch_beta_s_per_byte=cluster.switch_beta_s_per_byte(shape), jitter_s=cluster.jitter_s, seed=cluster.seed,
-        slowness=slowness,
+        slowness=slowness, processor=cluster.processor,
     )  # fmt: skip
     try:
         messages = [Message(job.on_wire(message.count), message.ready, message.needed)

@@ -11,6 +11,7 @@ from typing import Dict, NamedTuple, Optional, Sequence
 
 from commlib import algorithms
 from commlib._native import ffi, lib
+from commlib.cluster import Processor
 from commlib.cost import Link
 from commlib.engine import ENGINE_SETTINGS
 from commlib.plan import Shape
@@ -50,6 +51,7 @@ class Simulation:
         jitter_s: latencies between hosts are longer by a random time of this mean, exponentially distributed.
         seed: of the jitter.
         slowness: per rank, by what the time of its reductions is multiplied; None: 1.
+        processor: what messages cost those who send and receive them.
 
     Raises:
         ValueError: a time, rate or factor that is negative or not finite, or a slowness that is missing for some rank.
@@ -66,10 +68,10 @@ class Simulation:
 
     def __init__(self, shape: Shape, inside: Link, between: Link, settings: Settings, shares_port: bool = False,
                  switch_beta_s_per_byte: float = 0.0, jitter_s: float = 0.0, seed: int = 0,
-                 slowness: Optional[Sequence[float]] = None):  # fmt: skip
+                 slowness: Optional[Sequence[float]] = None, processor: Processor = Processor()):  # fmt: skip
         factors = [1.0] * shape.size if slowness is None else list(slowness)
-        if len(factors) != shape.size or not all(0 <= number < float("inf")
-                                                 for number in (*factors, switch_beta_s_per_byte, jitter_s)):  # fmt: skip
+        if len(factors) != shape.size or not all(0 <= number < float("inf") for number in (
+                *factors, switch_beta_s_per_byte, jitter_s, *processor)):  # fmt: skip
             raise ValueError("a simulated network's times and factors are finite and not negative, and every rank has a "
                              f"slowness: got {jitter_s=}, {switch_beta_s_per_byte=} and {len(factors)} of {shape.size}")
         self.shape = shape
@@ -86,7 +88,8 @@ class Simulation:
         network = ffi.new("cl_sim_network *", {
             "size": shape.size, "hosts": hosts, "inside": inside.__dict__, "between": between.__dict__, "unconnected": 1,
             "shares_port": shares_port, "switch_beta_s_per_byte": switch_beta_s_per_byte, "jitter_s": jitter_s,
-            "seed": seed, "slowness": slow,
+            "seed": seed, "slowness": slow, "cores": processor.cores, "hosts_per_processor": processor.hosts,
+            "message_s": processor.message_s, "busy_s_per_byte": processor.busy_s_per_byte,
         })  # fmt: skip
         native_settings = ffi.new("cl_settings *", {name: getattr(settings, name) for name in ENGINE_SETTINGS})
         simulation = ffi.new("cl_sim **")

@@ -398,6 +398,9 @@ typedef struct {
     uint64_t seed;                  /* of the jitter */
     const double *slowness;         /* per rank: its reductions take so many times longer; NULL: 1 */
     int32_t unconnected;            /* 1: ranks are linked by cl_sim_connect, before they submit what needs it */
+    int32_t cores;                  /* of each processor; 0: messages take no processor time */
+    int32_t hosts_per_processor;    /* hosts [0, n), [n, 2n), ... share a processor; 0: each has its own */
+    double message_s, busy_s_per_byte; /* processor time of a message, on either side */
 } cl_sim_network;
 typedef enum { CL_SIM_IDLE = 0, CL_SIM_TIMER, CL_SIM_DONE, CL_SIM_NO_MEMORY } cl_sim_event;
 

@@ -5,7 +5,8 @@
  * with one message at a time. A message leaves when the sender's port is free, its first byte arrives alpha later, and it
  * is there when the receiver's port has taken all of it; then it is added, one message of a rank at a time. Frames without
  * payload take alpha and no port, but never overtake on their link. On request the ranks of a host share one port between
- * hosts, all that goes between hosts passes one switch, and latencies between hosts vary. Events at one time happen in the
+ * hosts, all that goes between hosts passes one switch, latencies between hosts vary, and every message keeps a core of its
+ * sender's and of its receiver's processor busy, which hosts may share. Events at one time happen in the
  * order in which they were made: one seed, one run. Links may be made when they are first wanted: 2,048 ranks have two
  * million pairs and use a few.
  */
@@ -15,6 +16,7 @@
 
 #include "engine.h"
 #include "sim_events.h"
+#include "sim_processor.h"
 
 enum { INSIDE = 0, BETWEEN = 1, CLASSES = 2 };
 
@@ -50,6 +52,7 @@ struct cl_sim {
     double *slowness;   /* of each rank's reductions */
     double *added_s;    /* when each rank has added all that was handed over */
     int32_t *port_rank; /* whose port between hosts a rank uses */
+    cl_processors processors;
     cl_settings settings;
     cl_engine **engines;
     sim_link **links; /* rank's end of the link to peer at [rank * size + peer], NULL: not made; they outlive engines */
@@ -153,7 +156,7 @@ static void on_switch(cl_sim *sim, sim_link *link, cl_parcel *sent)
 {
     if (sent->frame.nbytes > 0) {
         sim->switch_free_s = fmax(sim->now_s, sim->switch_free_s) + sent->frame.nbytes * sim->switch_beta_s_per_byte;
-        sent->ready_s = sim->switch_free_s + sim->classes[link->class].alpha_s;
+        sent->ready_s = fmax(sent->ready_s, sim->switch_free_s + sim->classes[link->class].alpha_s);
     }
     travel(sim, link->remote, sent, sim->now_s);
 }
@@ -181,10 +184,13 @@ static int sim_send(cl_link *base, const cl_frame *frame, const void *payload)
         sim->status = CL_NO_MEMORY;
         return CL_OK;
     }
-    double start_s = carries ? fmax(sim->now_s, from->send_free_s) : sim->now_s;
+    double posted_s = cl_processors_take(&sim->processors, rank_of(link), sim->now_s, 0);
+    double moved_s = cl_processors_move(&sim->processors, rank_of(link), sim->now_s, frame->nbytes); /* while it leaves */
+    double start_s = carries ? fmax(posted_s, from->send_free_s) : posted_s;
+    sent->ready_s = moved_s + class->alpha_s;
     enter(sim, link, sent, start_s);
     if (carries) {
-        from->send_free_s = start_s + frame->nbytes * class->beta_s_per_byte;
+        from->send_free_s = fmax(moved_s, start_s + frame->nbytes * class->beta_s_per_byte);
         link->pending_nbytes += frame->nbytes;
         add_event(sim, (cl_event){.at_s = from->send_free_s, .kind = EVENT_SENT, .link = link, .parcel = receipt});
     }
@@ -216,13 +222,14 @@ static void hand_over(cl_sim *sim, sim_link *link, cl_parcel *handed)
         sink->piece(link->base.owner, &link->base, frame, 0, handed->has_payload ? handed->payload : NULL, frame->nbytes);
     double gamma_s_per_byte = sim->classes[link->class].gamma_s_per_byte * sim->slowness[rank_of(link)];
     double adding_s = reduces(link, frame) ? frame->nbytes * gamma_s_per_byte : 0;
-    link->adding = adding_s > 0;
+    link->adding = adding_s > 0 || cl_processors_cost(&sim->processors);
     if (!link->adding) {
         end_parcel(link, handed);
         return;
     }
     double *added_s = &sim->added_s[rank_of(link)]; /* a rank adds one message at a time, whatever link it came on */
-    *added_s = fmax(sim->now_s, *added_s) + adding_s;
+    double start_s = fmax(sim->now_s, *added_s);
+    *added_s = cl_processors_take(&sim->processors, rank_of(link), start_s, adding_s);
     add_event(sim, (cl_event){.at_s = *added_s, .kind = EVENT_END, .link = link, .parcel = handed});
 }
 
@@ -243,6 +250,7 @@ static void on_arrive(cl_sim *sim, sim_link *link, cl_parcel *arrived)
     if (arrived->frame.nbytes > 0) {
         port *to = port_of(sim, rank_of(link), link->class);
         ready_s = fmax(ready_s, to->receive_free_s) + arrived->frame.nbytes * sim->classes[link->class].beta_s_per_byte;
+        ready_s = fmax(ready_s, cl_processors_move(&sim->processors, rank_of(link), sim->now_s, arrived->frame.nbytes));
         to->receive_free_s = ready_s = fmax(ready_s, arrived->ready_s);
     }
     arrived->ready_s = link->last_ready_s = fmax(ready_s, link->last_ready_s);
@@ -421,6 +429,7 @@ static int make_parts(cl_sim *sim, const cl_sim_network *network)
         !sim->woken || !sim->ports || !sim->to_flush)
         return CL_NO_MEMORY;
     place_ranks(sim, network);
+    CL_TRY(cl_processors_init(&sim->processors, network));
     for (int32_t r = 0; r < sim->size; r++)
         CL_TRY(make_engine(sim, r));
     for (int32_t a = 0; !network->unconnected && a < sim->size; a++)
@@ -479,6 +488,7 @@ void cl_sim_free(cl_sim *sim)
     for (int32_t r = 0; sim->engines != NULL && r < sim->size; r++)
         cl_engine_free(sim->engines[r]); /* fails what is unfinished; what it says is never delivered */
     cl_events_free(&sim->events);
+    cl_processors_free(&sim->processors);
     free_links(sim);
     free(sim->done);
     free(sim->to_flush);

@@ -20,7 +20,8 @@ PLAIN = {"ranks_per_host": 1, "between": {"latency_us": 20, "gbit_per_s": 10}}
 HOSTS_OF_FOUR = {"ranks_per_host": 4, "nic": "shared", "inside": {"latency_us": 3, "gbit_per_s": 100},
                  "between": {"latency_us": 20, "gbit_per_s": 25}}  # fmt: skip
 FULL = {**HOSTS_OF_FOUR, "nic": "per rank", "reduction_gbyte_per_s": 5, "oversubscription": 3, "jitter_us": 7, "seed": 9,
-        "stragglers": {"one_in": 4, "slower": 1.5}, "tflops": 2}  # fmt: skip
+        "stragglers": {"one_in": 4, "slower": 1.5}, "tflops": 2,
+        "processor": {"cores": 3, "hosts": 2, "message_us": 4, "gbyte_per_s": 2}}  # fmt: skip
 
 
 FAST = {"ranks_per_host": 1, "between": {"latency_us": 0.1, "gbit_per_s": 1e5}, "reduction_gbyte_per_s": 1e5}
@@ -38,7 +39,8 @@ def test_a_cluster_says_what_its_file_says():
     assert dataclasses.astuple(cluster.inside) == pytest.approx((3e-6, 8e-11, 2e-10))
     assert dataclasses.astuple(cluster.between) == pytest.approx((20e-6, 3.2e-10, 2e-10))
     assert cluster == Cluster(4, cluster.inside, cluster.between, shared_nic=False, oversubscription=3, seed=9,
-                              jitter_s=pytest.approx(7e-6), straggler_every=4, straggler_slowness=1.5, tflops=2)  # fmt: skip
+                              jitter_s=pytest.approx(7e-6), straggler_every=4, straggler_slowness=1.5, tflops=2,
+                              processor=(3, 2, pytest.approx(4e-6), pytest.approx(5e-10)))  # fmt: skip
     assert cluster.shape(6).ranks_per_host == (4, 2)
     assert cluster.slowness(6) == (1.5, 1, 1, 1, 1.5, 1)
     # Six ports of 25 Gbit/s each have a third of that through the switch.
@@ -69,6 +71,9 @@ def test_ranks_that_share_a_nic_have_a_part_of_it_in_the_settings():
     ({**PLAIN, "oversubscription": 0.5}, "at least 1"),
     ({**PLAIN, "jitter_us": -1}, "at least 0"),
     ({**PLAIN, "jitter_us": float("nan")}, "must be a number"),
+    ({**PLAIN, "processor": {}}, "the processor lacks 'cores'"),
+    ({**PLAIN, "processor": {"cores": 0, "message_us": 1, "gbyte_per_s": 1}}, "whole number from 1"),
+    ({**PLAIN, "processor": {"cores": 1, "message_us": 1, "gbyte_per_s": 1, "ghz": 3}}, "'ghz'"),
     ({**PLAIN, "stragglers": {"one_in": 2}}, "lacks 'slower'"),
     ({**PLAIN, "stragglers": {"one_in": 2, "slower": 0.5}}, "at least 1"),
 ])  # fmt: skip
@@ -175,6 +180,16 @@ def test_where_latency_is_all_what_needs_fewest_rounds_is_chosen():
 def test_a_fixed_batch_leaves_each_rank_its_part_of_the_compute():
     (point,) = predict(job(FAST, compute_s=1.0, fixed_batch=True), [4], ["none"], advise=False).points
     assert point.step_s == pytest.approx(0.25, rel=0.01) and point.speed_up == pytest.approx(4, rel=0.01)
+
+
+def test_a_processor_that_many_hosts_share_is_what_limits_them():
+    """One core for eight hosts: 20 us for each message on either side are far more than its way takes."""
+    table = {**FAST, "processor": {"cores": 1, "hosts": 8, "message_us": 20, "gbyte_per_s": 1}}
+    shared, own, none = (predict(job(each, compute_s=0.01), [8], ["none"], advise=False).points[0] for each in (
+        table, {**table, "processor": {**table["processor"], "hosts": 1}}, FAST))  # fmt: skip
+    assert shared.step_s > 3 * own.step_s and own.step_s > 3 * none.step_s
+    # Every byte of the gradients leaves each rank 2 x 7 / 8 times and comes in as often, through one core.
+    assert shared.exposed_s > 8 * 2 * 2 * 7 / 8 * 4 * 60_965_224 / 1e9
 
 
 def test_half_the_bytes_are_half_the_communication():

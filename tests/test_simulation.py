@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from commlib import algorithms, models
+from commlib.cluster import Processor
 from commlib.cost import Link, Machine, cost_s
 from commlib.plan import Shape
 from commlib.schedule import ideal_step_time
@@ -271,6 +272,42 @@ def test_one_rank_that_reduces_slowly_delays_all():
     assert allreduce_s(shape, nbytes, link, slowness=[1, 5]) == pytest.approx(5 * even_s)
     with pytest.raises(ValueError, match="slowness"):
         allreduce_s(shape, nbytes, link, slowness=[1])
+
+
+def processed(size, processor, count=1 << 20, **changes):
+    """When the last rank has the sum; one message of a few bytes costs as much as its way, and of many bytes more."""
+    simulation = Simulation(Shape((1,) * size), NETWORK, NETWORK, settings_for(**changes), processor=processor)
+    memory = [np.full(count, rank, np.float32) for rank in range(size)]
+    for rank in range(size):
+        simulation.allreduce(rank, 1, count, memory=memory[rank])
+    last_s = max(run_to_end(simulation).values())
+    assert all((array == size * (size - 1) / 2).all() for array in memory)
+    simulation.close()
+    return last_s
+
+
+def test_a_message_takes_both_sides_processors_time():
+    """One of a few bytes each way between two ranks: sent, on its way, received."""
+    assert processed(2, Processor(), 1) == pytest.approx(ALPHA_S, rel=0.01)
+    assert processed(2, Processor(1, 1, 5e-6, 0), 1) == pytest.approx(ALPHA_S + 10e-6, rel=0.01)
+
+
+def test_hosts_that_share_a_core_wait_for_each_other():
+    own, shared, two = (processed(2, Processor(cores, hosts, 5e-6, 0), 1) for cores, hosts in ((1, 1), (1, 2), (2, 2)))
+    assert own == pytest.approx(two)
+    assert shared == pytest.approx(own + 5e-6, rel=0.01)  # the second leaves later, and comes as the first is taken in
+
+
+def test_bytes_are_moved_beside_their_way_unless_that_takes_longer():
+    free, fast, slow = (processed(2, Processor(1, 1, 0, busy)) for busy in (0, BETA_S_PER_BYTE / 10, 2 * BETA_S_PER_BYTE))
+    assert fast == pytest.approx(free, rel=0.1)
+    assert slow > 3.5 * free  # out and in, through one core
+
+
+@pytest.mark.parametrize("processor", [Processor(-1), Processor(1, -1), Processor(1, 1, -1e-6), Processor(1, 1, 0, float("nan"))])
+def test_a_processor_that_is_none_is_refused(processor):
+    with pytest.raises((ValueError, MemoryError)):
+        Simulation(Shape((1, 1)), NETWORK, NETWORK, settings_for(), processor=processor)
 
 
 def test_the_death_of_a_rank_is_told_to_those_that_were_never_linked_to_it():
