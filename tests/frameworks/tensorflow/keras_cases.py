@@ -183,7 +183,7 @@ def tape_in_fit():
     keras.utils.set_random_seed(7)
     model = functional()
     model = TapeStep(model.inputs, model.outputs)
-    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.compile(CASES["momentum"][1](), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     fit(model, "momentum", comm.rank(), comm.size())
     alone = made("momentum")
     fit(alone, "momentum", 0, 1)
