@@ -92,7 +92,7 @@ def main():
         return
     import torch_link
 
-    os.environ.update(TF_NUM_INTRAOP_THREADS="1", TF_NUM_INTEROP_THREADS="2", TF_CPP_MIN_LOG_LEVEL="2")
+    os.environ.update(TF_NUM_INTRAOP_THREADS="1", TF_NUM_INTEROP_THREADS="1", TF_CPP_MIN_LOG_LEVEL="2")
     torch_link.NAMES = ("commlib-keras-0", "commlib-keras-1")
     torch_link.__file__ = __file__  # its ranks run this program
     command = ["--rate-mbit", str(arguments.rate_mbit), "--batch", str(arguments.batch)]

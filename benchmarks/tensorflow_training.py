@@ -16,6 +16,8 @@ import subprocess
 import sys
 import time
 
+# Two workers on two cores: as commrun sets them.
+THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
 MODES = ("commlib", "strategy")
 
 
@@ -112,7 +114,7 @@ def free_ports(count):
 
 def run_job(mode, arguments):
     """The times of the worker that reports."""
-    environ = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "TF_NUM_INTRAOP_THREADS": "1", "BENCH_ROWS": str(arguments.rows)}
+    environ = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **dict.fromkeys(THREADS, "1"), "BENCH_ROWS": str(arguments.rows)}
     command = [sys.executable, __file__, "--worker", mode, "--rounds", str(arguments.rounds)]
     if mode == "commlib":
         commands = [([sys.executable, "-m", "commlib.launch", "-np", "2", *command], environ)]

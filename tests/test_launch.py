@@ -90,11 +90,13 @@ def test_ranks_know_their_place(mark):
 
 def test_cores_are_divided_unless_the_user_did(mark):
     environ = environ_with(mark)
-    environ.pop("OMP_NUM_THREADS", None)
-    command = ("-np", "2", "sh", "-c", "echo $OMP_NUM_THREADS")
+    names = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
+    for name in names:
+        environ.pop(name, None)
+    command = ("-np", "2", "sh", "-c", f"echo ${' $'.join(names)}")
     expected = str(max(1, len(os.sched_getaffinity(0)) // 2))
-    assert run(*command, env=environ).out.split() == [expected] * 2
-    assert run(*command, env=dict(environ, OMP_NUM_THREADS="7")).out.split() == ["7", "7"]
+    assert run(*command, env=environ).out.split() == [expected] * 6
+    assert run(*command, env=dict(environ, **dict.fromkeys(names, "7"))).out.split() == ["7"] * 6
 
 
 def test_ranks_are_told_of_the_settings_file(mark, tmp_path):

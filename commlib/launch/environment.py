@@ -11,6 +11,9 @@ _PREFIXES = (
     "JAX_", "HF_", "CUDA_", "NCCL_", "GLOO_",
 )  # fmt: skip
 
+# How many threads libraries make: of themselves as many as the host has cores, in each rank.
+_THREADS = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
+
 
 def forwarded(environ: Mapping[str, str], extra: Iterable[str]) -> Dict[str, str]:
     """What goes to other hosts: variables of the job's libraries, and those of `-x NAME` and `-x NAME=VALUE`.
@@ -49,8 +52,8 @@ def of_rank(environ: Mapping[str, str], rank: int, size: int, local_rank: int, l
         store, job: where the ranks meet, and what for; see `bootstrap.Placement`.
         captured: whether the rank's output goes through a pipe, where Python would hold it back.
     """
-    cores = len(os.sched_getaffinity(0))
-    variables = {"OMP_NUM_THREADS": str(max(1, cores // local_size))}
+    share = max(1, len(os.sched_getaffinity(0)) // local_size)
+    variables = dict.fromkeys(_THREADS, str(share))
     if captured:
         variables["PYTHONUNBUFFERED"] = "1"
     variables.update(environ)
