@@ -18,11 +18,11 @@ LOG_LEVELS = ("TRACE", "DEBUG", "INFO", "WARNING", "ERROR", "FATAL")  # Horovod'
 _DESCRIPTION = "Starts the ranks of a program on this host or on several, and stops all of them when one fails."
 _EPILOG = """\
 Each rank finds its place in COMMLIB_RANK, COMMLIB_SIZE, COMMLIB_LOCAL_RANK, COMMLIB_LOCAL_SIZE, COMMLIB_CROSS_RANK and
-COMMLIB_CROSS_SIZE. OMP_NUM_THREADS, TF_NUM_INTRAOP_THREADS and TF_NUM_INTEROP_THREADS are set to the number of usable cores
-divided by the host's ranks unless they are set already, and PYTHONUNBUFFERED to 1 where commrun handles the output. On one host rank 0 gets commrun's standard input; all
-others have none. When a rank fails, the others get 5 s to end with messages of their own, then SIGTERM, then SIGKILL. The
-exit code is that of the first rank that failed, or 128 + the signal that killed it. Nothing that a rank started outlives
-commrun. See docs/launching.md.
+COMMLIB_CROSS_SIZE. OMP_NUM_THREADS, TF_NUM_INTRAOP_THREADS and TF_NUM_INTEROP_THREADS are set to the number of usable
+cores divided by the host's ranks unless they are set already, and PYTHONUNBUFFERED to 1 where commrun handles the
+output. On one host rank 0 gets commrun's standard input; all others have none. When a rank fails, the others get 5 s to
+end with messages of their own, then SIGTERM, then SIGKILL. The exit code is that of the first rank that failed, or 128
++ the signal that killed it. Nothing that a rank started outlives commrun. See docs/launching.md.
 
 examples: commrun -np 2 python train.py
           commrun -H node1:4,node2:4 python train.py
