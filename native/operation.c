@@ -472,7 +472,7 @@ const void *cl_operation_frame(cl_operation *operation, uint32_t segment, uint32
     *frame = frame_of(operation, CL_FRAME_DATA, segment);
     frame->step = operation->plan->pair_index[step];
     frame->nbytes = step_nbytes(operation, segment, step);
-    frame->flags = operation->segments[segment].state[step] == CL_STEP_POSTED_EAGER ? CL_FLAG_EAGER : 0;
+    frame->flags = operation->segments[segment].state[step] == CL_STEP_POSTED_EAGER ? CL_FLAG_EAGER : CL_FRAME_AWAITED;
     frame->arg = step;
     frame->token = (uint64_t)(uintptr_t)operation;
     if (operation->plan->answer[step] != 0 && !operation->eager)

@@ -88,10 +88,14 @@ static void wake_peer(shm_link *link)
     cl_ring(link->peer_sleeping, link->peer_doorbell);
 }
 
-/* An idle peer is not woken for what can wait in the ring, as long as there is room for it. */
+/*
+ * An idle peer is not woken for what can wait in the ring, as long as there is room for it; nor for what it awaits, since
+ * it polls then, and a bell would call its thread to where the caller polls.
+ */
 static void wake_peer_for(shm_link *link, uint8_t flags)
 {
-    if (atomic_load(link->peer_sleeping) != CL_IDLE || (flags & CL_FRAME_WAKES) || link->sending)
+    bool lacks_room = link->sending && !(flags & CL_FRAME_AWAITED);
+    if (atomic_load(link->peer_sleeping) != CL_IDLE || (flags & CL_FRAME_WAKES) || lacks_room)
         wake_peer(link);
 }
 
@@ -253,11 +257,11 @@ static int finish_references(shm_link *link)
     return finished;
 }
 
-static int refuse(shm_link *link, bool for_a_stage)
+static int refuse(shm_link *link, const cl_frame *frame, bool for_a_stage)
 {
     link->refused = true;
     link->unstaged = for_a_stage;
-    if (atomic_load(link->peer_sleeping) == CL_IDLE)
+    if (atomic_load(link->peer_sleeping) == CL_IDLE && !(frame->flags & CL_FRAME_AWAITED))
         wake_peer(link); /* it was not for what fills the ring, and has to make room */
     return CL_AGAIN;
 }
@@ -306,7 +310,7 @@ static int shm_send(cl_link *base, const cl_frame *frame, const void *payload)
     struct cl_shm *shm = link->shm;
     size_t nbytes = frame->nbytes;
     if (link->sending || link->broken || !takes_reference(link))
-        return refuse(link, false);
+        return refuse(link, frame, false);
     if (nbytes > 0 && lies_in(payload, nbytes, link->peer_memory, 0, link->peer_nbytes))
         return send_reference(link, frame, PATH_READER, (uint64_t)((const uint8_t *)payload - link->peer_memory), NO_STAGE);
     if (nbytes >= REFERENCE_NBYTES && lies_in(payload, nbytes, shm->memory, shm->heap_offset, shm->nbytes))
@@ -317,7 +321,7 @@ static int shm_send(cl_link *base, const cl_frame *frame, const void *payload)
     if (stage != NO_STAGE)
         return send_staged(link, frame, payload, stage);
     /* Answers will free stages; but those may have to wait for this very frame, so it does not wait for them for ever. */
-    return is_drained(link) ? send_copy(link, frame, payload) : refuse(link, true);
+    return is_drained(link) ? send_copy(link, frame, payload) : refuse(link, frame, true);
 }
 
 /* ---- reading ------------------------------------------------------------------------------------------------- */
@@ -448,6 +452,7 @@ static int shm_progress(cl_link *base)
         base->sink->lost(base->owner, base, link->broken);
         return 1;
     }
+    uint8_t flags = link->out_frame.flags;
     int written = link->sending ? write_payload(link) : 0;
     int events = written + finish_references(link) + read_some(link);
     if (link->refused && takes_again(link)) {
@@ -457,8 +462,10 @@ static int shm_progress(cl_link *base)
     if (events == 0)
         return 0;
     bool gives_room = atomic_load(&link->in.header->wants_room) && atomic_exchange(&link->in.header->wants_room, 0);
-    if (written > 0 || gives_room)
+    if (gives_room)
         wake_peer(link);
+    else if (written > 0)
+        wake_peer_for(link, flags);
     return events;
 }
 

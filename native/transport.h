@@ -54,8 +54,11 @@ typedef enum {
     CL_LENT_KEPT  /* set by the sink: it has, and will send from there, to the same peer, once */
 } cl_lent;
 
-/* A flag: wakes also a receiver that has no operation in flight. Frames of operations wait until it has. */
-enum { CL_FRAME_WAKES = 0x40 };
+/*
+ * Flags: WAKES wakes also a receiver that has no operation in flight; frames of operations wait until it has. AWAITED says
+ * that it has: it granted this frame, so that a caller polls there, or else it sleeps and says so.
+ */
+enum { CL_FRAME_WAKES = 0x40, CL_FRAME_AWAITED = 0x20 };
 
 typedef struct cl_link cl_link;
 

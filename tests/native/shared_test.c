@@ -1,5 +1,6 @@
 /* shared_test.c: arrays in memory that all ranks of a host map: lent out, summed without copies, taken back at any time. */
 #define _GNU_SOURCE
+#include <poll.h>
 #include <string.h>
 #include <time.h>
 
@@ -102,6 +103,39 @@ static void test_unsound_reference(void)
     free_world(&w);
 }
 
+/*
+ * Who polls without having said that he is awake is not rung for what he awaits, though it waits for a stage, or for room in
+ * the ring: a bell would call his thread to where he polls.
+ */
+static void test_no_bell_while_polling(uint64_t segment_count)
+{
+    enum { COUNT = 1 << 20 };
+    cl_settings settings = ordinary_settings();
+    world w = shm_links(2, &settings);
+    cl_operation *operations[2];
+    int32_t *data[2];
+    for (int32_t r = 0; r < 2; r++) {
+        data[r] = calloc(COUNT, sizeof(int32_t));
+        cl_request request = sum_request(&w, r, 1, data[r], COUNT);
+        request.plan = w.ring[r];
+        request.segment_count = segment_count;
+        atomic_store(&((cl_memory_header *)w.engines[r]->shm->memory)->sleeping, CL_IDLE);
+        CHECK(cl_submit(w.engines[r], &request, &operations[r]) == CL_OK);
+    }
+    for (int round = 0; !cl_operation_done(operations[0]) || !cl_operation_done(operations[1]); round++) {
+        CHECK(round < 100000);
+        cl_engine_progress(w.engines[0]);
+        cl_engine_progress(w.engines[1]);
+    }
+    for (int32_t r = 0; r < 2; r++) {
+        struct pollfd bell = {.fd = w.engines[r]->shm->doorbell, .events = POLLIN};
+        CHECK(atomic_load(&((cl_memory_header *)w.engines[r]->shm->memory)->sleeping) == CL_IDLE && poll(&bell, 1, 0) == 0);
+        cl_operation_release(operations[r]);
+        free(data[r]);
+    }
+    free_world(&w);
+}
+
 static uint64_t count_of(uint64_t seed, uint32_t number)
 {
     uint64_t random = seed * 131 + number * 17 + 3;
@@ -192,6 +226,8 @@ int main(void)
 {
     test_full_heap();
     test_unsound_reference();
+    test_no_bell_while_polling(64 << 10);
+    test_no_bell_while_polling(0);
     for (uint64_t seed = 1; seed <= 3; seed++) {
         test_blocks(seed);
         for (int32_t size = 2; size <= 4; size++)
