@@ -24,6 +24,7 @@ import heapq
 import itertools
 from collections import deque
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import Deque, Dict, Iterable, List, NamedTuple, Sequence, Tuple
 
@@ -47,10 +48,17 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """The links inside hosts and those between hosts."""
+    """The links inside hosts and those between hosts.
+
+    Args:
+        inside, between: the two classes.
+        message_s: what a message costs whatever its size where the ranks of a host share processors, and so wait for each
+            other's turns. Only `cost_s` looks at it, on one host.
+    """
 
     inside: Link
     between: Link
+    message_s: float = 0.0
 
     def link(self, shape: Shape, rank: int, peer: int) -> Link:
         """The class of the link between two ranks."""
@@ -116,7 +124,22 @@ def cost_s(algorithm: ModuleType, shape: Shape, nbytes: float, machine: Machine)
         0.00156
     """
     terms = algorithm.terms(shape)
-    return terms.inside.cost_s(nbytes, machine.inside) + terms.between.cost_s(nbytes, machine.between)
+    cost = terms.inside.cost_s(nbytes, machine.inside) + terms.between.cost_s(nbytes, machine.between)
+    if machine.message_s > 0 and shape.hosts == 1:
+        cost += machine.message_s * messages(algorithm, shape)
+    return cost
+
+
+@lru_cache(maxsize=256)
+def messages(algorithm: ModuleType, shape: Shape) -> int:
+    """What the busiest rank sends.
+
+    Example:
+        >>> from commlib.algorithms import algorithm
+        >>> [messages(algorithm("allreduce", name), Shape((8,))) for name in ("direct", "recursive_doubling")]
+        [14, 3]
+    """
+    return max(sum(step.kind == SEND for step in algorithm.steps(rank, shape)) for rank in range(shape.size))
 
 
 def simulated_s(plans: Sequence[Plan], shape: Shape, nbytes: float, machine: Machine) -> float:

@@ -15,7 +15,8 @@ from .cost import LinkTerms
 # The unknowns, in the order of a row: settings of these names, and what a call costs whatever its algorithm.
 CALL_S = "call_s"
 UNKNOWNS = (
-    "alpha_inside_s", "beta_inside_s_per_byte", "alpha_between_s", "beta_between_s_per_byte", "gamma_s_per_byte", CALL_S,
+    "alpha_inside_s", "beta_inside_s_per_byte", "alpha_between_s", "beta_between_s_per_byte", "gamma_s_per_byte",
+    "message_s", CALL_S,
 )  # fmt: skip
 
 # A constant that cannot be told from zero: 0 itself means "not measured" in a settings record.
@@ -30,20 +31,22 @@ class Sample(NamedTuple):
         terms: of the algorithm that ran, on the shape that it ran on.
         nbytes: of the operation.
         seconds: what it took.
+        messages: that its busiest rank sends, on one host (commlib.cost.messages); 0: they cost nothing beside alpha.
     """
 
     terms: LinkTerms
     nbytes: float
     seconds: float
+    messages: int = 0
 
 
 def fit(samples: Sequence[Sample]) -> Dict[str, float]:
     """The constants that explain the samples best: least squares of relative errors, no constant below zero.
 
-    Minimizes sum_i ((A_i alpha + n_i (B_i beta + C_i gamma) + call - t_i) / t_i)^2 over both classes of link.
+    Minimizes sum_i ((A_i alpha + n_i (B_i beta + C_i gamma) + M_i message + call - t_i) / t_i)^2 over both classes of link.
 
     Returns:
-        name -> value for every unknown that some sample depends on; `call_s` may be 0, the others are positive.
+        name -> value for every unknown that some sample depends on; `call_s` and `message_s` may be 0, the others are positive.
 
     Example:
         >>> from commlib.cost import Terms
@@ -56,7 +59,7 @@ def fit(samples: Sequence[Sample]) -> Dict[str, float]:
     used = [column for column in range(len(UNKNOWNS)) if rows[:, column].any()]
     values = _non_negative(rows[:, used])
     names = [UNKNOWNS[column] for column in used]
-    return {name: max(float(value), 0.0 if name == CALL_S else _LEAST.get(name, _LEAST_S_PER_BYTE))
+    return {name: max(float(value), 0.0 if name in (CALL_S, "message_s") else _LEAST.get(name, _LEAST_S_PER_BYTE))
             for name, value in zip(names, values)}  # fmt: skip
 
 
@@ -64,13 +67,13 @@ def _row(sample: Sample):
     """Coefficients of the unknowns."""
     inside, between, nbytes = sample.terms.inside, sample.terms.between, sample.nbytes
     return (inside.alpha, inside.beta * nbytes, between.alpha, between.beta * nbytes,
-            (inside.gamma + between.gamma) * nbytes, 1.0)  # fmt: skip
+            (inside.gamma + between.gamma) * nbytes, float(sample.messages), 1.0)  # fmt: skip
 
 
 def _non_negative(rows):
     """The solution of rows x = 1 in least squares with x >= 0.
 
-    Some of the unknowns are 0 there and the others are unbounded least squares; with six, all ways can be tried.
+    Some of the unknowns are 0 there and the others are unbounded least squares; with seven, all ways can be tried.
     """
     scale = numpy.linalg.norm(rows, axis=0)  # bytes beside counts: unscaled, small numbers would drown
     rows = rows / scale

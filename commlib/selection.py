@@ -65,11 +65,12 @@ class Choice(NamedTuple):
 
 
 def machine_of(settings):
-    """The link classes of a settings record; a constant of 0 stands for the ordinary value."""
+    """The link classes of a settings record; a constant of 0 stands for the ordinary value, which is 0 for messages."""
     gamma = settings.gamma_s_per_byte or _GAMMA
     return Machine(
         inside=Link(settings.alpha_inside_s or _ALPHA_INSIDE_S, settings.beta_inside_s_per_byte or _BETA_INSIDE, gamma),
         between=Link(settings.alpha_between_s or _ALPHA_BETWEEN_S, settings.beta_between_s_per_byte or _BETA_BETWEEN, gamma),
+        message_s=settings.message_s,
     )
 
 

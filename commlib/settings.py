@@ -56,6 +56,8 @@ class Settings:
         alpha_inside_s, beta_inside_s_per_byte: latency and 1 / bandwidth inside a host; 0: measured at init.
         alpha_between_s, beta_between_s_per_byte: the same between hosts; 0: measured at init.
         gamma_s_per_byte: cost of a reduction; 0: measured at init.
+        message_s: what a message costs whatever its size where ranks of one host share processors; 0: nothing, or the ordinary
+            value if rank 0's host has more ranks than processors.
 
     Raises:
         ValueError: a field that is out of range, or of the wrong type, and what it may be.
@@ -84,6 +86,7 @@ class Settings:
     alpha_between_s: float = 0.0
     beta_between_s_per_byte: float = 0.0
     gamma_s_per_byte: float = 0.0
+    message_s: float = 0.0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -18,7 +18,7 @@ from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
 import numpy
 
 from commlib import algorithms
-from commlib.cost import cost_s
+from commlib.cost import cost_s, messages
 from commlib.fit import CALL_S, Sample, fit
 from commlib.plan import Shape
 from commlib.reduction import Sum
@@ -157,8 +157,9 @@ def distinct(shape: Shape) -> Dict[str, List[str]]:
 
 def fitted_to(times: Times, shape: Shape) -> Dict[str, float]:
     """The constants that explain measured times best."""
-    terms = {name: algorithms.algorithm(KIND, name).terms(shape) for name, _ in times}
-    return fit([Sample(terms[name], nbytes, seconds) for (name, nbytes), seconds in times.items()])
+    modules = {name: algorithms.algorithm(KIND, name) for name, _ in times}
+    counts = {name: messages(module, shape) if shape.hosts == 1 and shape.size > 2 else 0 for name, module in modules.items()}
+    return fit([Sample(modules[name].terms(shape), nbytes, seconds, counts[name]) for (name, nbytes), seconds in times.items()])
 
 
 def staircase(times: Times, preferred: Mapping[int, str]) -> List[Tuple]:

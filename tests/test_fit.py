@@ -5,7 +5,7 @@ import random
 import pytest
 
 from commlib import algorithms
-from commlib.cost import Link, LinkTerms, Machine, Terms, cost_s
+from commlib.cost import Link, LinkTerms, Machine, Terms, cost_s, messages
 from commlib.fit import Sample, fit
 from commlib.plan import Shape
 from commlib.selection import Choice
@@ -19,6 +19,7 @@ WANTED = {
     "alpha_between_s": BETWEEN.alpha_s, "beta_between_s_per_byte": BETWEEN.beta_s_per_byte,
     "gamma_s_per_byte": INSIDE.gamma_s_per_byte,
 }  # fmt: skip
+MESSAGE_S = 9e-6
 SIZES = [8 * 4**power for power in range(12)]
 
 
@@ -39,6 +40,16 @@ def test_model_times_give_the_constants_back(hosts, call_s):
     assert set(found) == {name for name in WANTED if "gamma" in name or any(place in name for place in classes)}
     for name, value in found.items():
         assert value == pytest.approx(WANTED[name], rel=1e-6), name
+
+
+@pytest.mark.parametrize("ranks", [3, 4, 8, 9])
+def test_what_messages_cost_comes_back(ranks):
+    shape, machine = Shape((ranks,)), Machine(INSIDE, BETWEEN, MESSAGE_S)
+    samples = [Sample(module.terms(shape), nbytes, 4e-6 + cost_s(module, shape, nbytes, machine), messages(module, shape))
+               for module in algorithms.applicable("allreduce", shape).values() for nbytes in SIZES]  # fmt: skip
+    found = fit(samples)
+    assert found["message_s"] == pytest.approx(MESSAGE_S, rel=1e-6)
+    assert found["alpha_inside_s"] == pytest.approx(INSIDE.alpha_s, rel=1e-5)
 
 
 @pytest.mark.parametrize("hosts", [(1, 1), (1,) * 4, (1,) * 8, (2,)])

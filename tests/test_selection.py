@@ -2,11 +2,12 @@
 
 import itertools
 import math
+import types
 
 import pytest
 
 from commlib import algorithms
-from commlib.calibrate import rounded
+from commlib.calibrate import calibrated, rounded
 from commlib.cost import cost_s
 from commlib.layout import Layout
 from commlib.plan import Shape
@@ -106,6 +107,14 @@ def test_overlapped_ones_may_cost_more_alone():
             assert names.index(overlapped) <= names.index(alone)
 
 
+@pytest.mark.parametrize("ranks", [3, 4, 8])
+def test_where_ranks_share_processors_few_messages_are_chosen(ranks):
+    shape, crowded = Shape((ranks,)), Settings(alpha_inside_s=1e-6, beta_inside_s_per_byte=3e-11, message_s=8e-6)
+    assert select("allreduce", 8, shape, crowded).algorithm == "recursive_doubling"
+    assert select("allreduce", 8, shape, crowded.replace(message_s=0.0)).algorithm == "direct"
+    assert select("allreduce", 1 << 28, shape, crowded).algorithm in ("direct", "halving_doubling")
+
+
 def test_small_and_large_differ():
     shape = Shape((1,) * 16)
     small, large = (select("allreduce", nbytes, shape, Settings()).algorithm for nbytes in (8, 1 << 26))
@@ -132,6 +141,15 @@ def test_a_ring_is_preferred_only_where_what_is_in_flight_can_fill_it(latency_us
 def test_forced_algorithm_must_fit():
     with pytest.raises(ValueError, match="no allreduce algorithm named 'pigeon'"):
         select("allreduce", 8, Shape((2,)), Settings(algorithms=(("allreduce", "pigeon"),)))
+
+
+@pytest.mark.parametrize("hosts, cores, crowded", [([0] * 4, 2, True), ([0, 0], 2, False), ([0, 1] * 2, 2, False)])
+def test_crowds_are_found_at_init(monkeypatch, hosts, cores, crowded):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    given = Settings(alpha_inside_s=1e-6, beta_inside_s_per_byte=1e-10, alpha_between_s=1e-5, beta_between_s_per_byte=1e-9)
+    rank_0 = types.SimpleNamespace(rank=0, size=len(hosts))
+    assert (calibrated(given, rank_0, hosts).message_s > 0) == crowded
+    assert calibrated(given.replace(message_s=3e-6), rank_0, hosts).message_s == 3e-6
 
 
 def test_rounding_hides_noise():
