@@ -88,14 +88,11 @@ static void wake_peer(shm_link *link)
     cl_ring(link->peer_sleeping, link->peer_doorbell);
 }
 
-/*
- * An idle peer is not woken for what can wait in the ring, as long as there is room for it; nor for what it awaits, since
- * it polls then, and a bell would call its thread to where the caller polls.
- */
+/* An idle peer is not woken for what can wait in the ring while there is room, nor for what it awaits: then it polls. */
 static void wake_peer_for(shm_link *link, uint8_t flags)
 {
-    bool lacks_room = link->sending && !(flags & CL_FRAME_AWAITED);
-    if (atomic_load(link->peer_sleeping) != CL_IDLE || (flags & CL_FRAME_WAKES) || lacks_room)
+    if (atomic_load(link->peer_sleeping) != CL_IDLE || (flags & CL_FRAME_WAKES) ||
+        (link->sending && !(flags & CL_FRAME_AWAITED)))
         wake_peer(link);
 }
 
@@ -462,10 +459,8 @@ static int shm_progress(cl_link *base)
     if (events == 0)
         return 0;
     bool gives_room = atomic_load(&link->in.header->wants_room) && atomic_exchange(&link->in.header->wants_room, 0);
-    if (gives_room)
-        wake_peer(link);
-    else if (written > 0)
-        wake_peer_for(link, flags);
+    if (written > 0 || gives_room)
+        wake_peer_for(link, gives_room ? CL_FRAME_WAKES : flags);
     return events;
 }
 
