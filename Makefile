@@ -7,8 +7,9 @@
 # make instructions-record  records them anew
 # make soak   random runs of the engine with random faults (tests/native/seeds_test.c) until it is stopped or a seed fails; then it
 #             prints the seed, the end of what happened, and the command that repeats it. make soak SEED=N begins with seed N
-# make fuzz   needs clang with libFuzzer: looks for bytes of a peer that break the engine, over tcp and in shared memory, until it is
-#             stopped or finds something, which it leaves in build/fuzz; make fuzz SECONDS=300: as long for each of the two
+# make fuzz   needs clang with libFuzzer: looks for bytes of a peer that break the engine, over tcp and in shared memory, and what
+#             parses them in Python, until it is stopped or finds something, which it leaves in build/fuzz; make fuzz SECONDS=300: as long
+#             for each
 # make test-tensorflow-versions  tries one wheel with TensorFlow 2.16, 2.18, 2.20 and 2.21, each in an environment of its own
 # make test-older-torch  runs the PyTorch adapter's tests with the oldest torch that it supports (TORCH=2.4.1 unless you name another), in
 #             an environment of its own, but those of the backend of torch.distributed, which wants a newer one; the wheel is a CUDA build of gigabytes, which works without a GPU
@@ -62,14 +63,19 @@ soak:
 FUZZERS = fuzz_tcp fuzz_shm
 FUZZ = $(wildcard native/*.c) $(addprefix tests/native/,fuzz.c tasks.c world.c)
 FUZZ_FLAGS = -std=gnu11 -O1 -g -pthread -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined
+PYTHON_FUZZERS = wire hello values proof link settings told timeline
 SECONDS ?= 0
+TURN = $$(( $(SECONDS) > 0 ? $(SECONDS) : 60 ))
 
-fuzz:
+fuzz: $(VENV)/.test
+	$(PIP) atheris
 	for target in $(FUZZERS); do mkdir -p build/fuzz/found_by_$$target && \
 	    clang $(FUZZ_FLAGS) -o build/fuzz/$$target tests/native/$$target.c $(FUZZ) -lm || exit 1; done
 	while :; do for target in $(FUZZERS); do \
-	    build/fuzz/$$target -max_total_time=$$(( $(SECONDS) > 0 ? $(SECONDS) : 60 )) -len_control=0 -max_len=1000 -rss_limit_mb=4096 \
+	    build/fuzz/$$target -max_total_time=$(TURN) -len_control=0 -max_len=1000 -rss_limit_mb=4096 \
 	        -artifact_prefix=build/fuzz/$$target- build/fuzz/found_by_$$target tests/native/inputs/$$target || exit 1; \
+	    done; for target in $(PYTHON_FUZZERS); do \
+	        $(VENV)/bin/python tests/fuzz_python.py $$target -max_total_time=$(TURN) -artifact_prefix=build/fuzz/$$target- || exit 1; \
 	    done; [ $(SECONDS) -eq 0 ] || break; done
 
 plots: $(VENV)/.test

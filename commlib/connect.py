@@ -16,7 +16,7 @@ import socket
 import struct
 import time
 from dataclasses import dataclass
-from typing import Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 from commlib.bootstrap import Placement, StartError
 from commlib.dial import OUT_OF_DESCRIPTORS, Place, Unreachable, dial
@@ -26,6 +26,7 @@ from commlib.mpi import Library
 from commlib.rendezvous import Store
 from commlib.rendezvous_wire import spell_ranks
 from commlib.secret import Secret
+from commlib.told import facts_of, name_of, offers_of, ranks_of
 
 TRANSPORTS = ("auto", "shm", "tcp", "mpi")
 
@@ -141,7 +142,7 @@ def survey(store: Store, transport: str) -> List[dict]:
     """Every rank's host identity, host name and choice of transport, and a random number."""
     mine = {"host": host_identity(), "name": socket.gethostname(), "transport": transport,
             "nonce": secrets.token_hex(_NONCE_NBYTES)}
-    facts = [json.loads(value) for value in store.gather("connect/facts", json.dumps(mine).encode())]
+    facts = [facts_of(text, rank) for rank, text in enumerate(store.gather("connect/facts", json.dumps(mine).encode()))]
     for rank, fact in enumerate(facts):
         if fact["transport"] != facts[0]["transport"]:
             raise StartError(f"the ranks differ in transport: rank 0 has {facts[0]['transport']}, rank {rank} has "
@@ -211,7 +212,7 @@ def exchange_shared(store: Store, key: bytes, peers: Sequence[int], memfd: int,
             usable = _usable(store.rank, peer, peers, received.pop(peer))
             if usable is not None:
                 shared[peer] = usable
-        verdicts = _tell_each_other(store, "shm/mapped", sorted(shared), peers)
+        verdicts = _tell_each_other(store, "shm/mapped", sorted(shared), peers, ranks_of)
         for peer in list(shared):
             if store.rank not in verdicts[peer]:
                 shared.pop(peer).close()
@@ -233,7 +234,7 @@ def _call_local(store: Store, peers: Sequence[int], listener: socket.socket) -> 
     listener.bind("")  # the kernel picks a free abstract name
     listener.listen(max(1, len(peers)))
     name = listener.getsockname()[1:].decode()
-    names = _tell_each_other(store, "shm/name", name, peers)
+    names = _tell_each_other(store, "shm/name", name, peers, name_of)
     outgoing: Dict[int, socket.socket] = {}
     try:
         for peer in [peer for peer in peers if peer < store.rank]:
@@ -244,7 +245,7 @@ def _call_local(store: Store, peers: Sequence[int], listener: socket.socket) -> 
                 outgoing[peer] = sock
             except OSError:
                 sock.close()
-        calls = _tell_each_other(store, "shm/called", sorted(outgoing), peers)
+        calls = _tell_each_other(store, "shm/called", sorted(outgoing), peers, ranks_of)
     except BaseException:
         for sock in outgoing.values():
             sock.close()
@@ -252,11 +253,11 @@ def _call_local(store: Store, peers: Sequence[int], listener: socket.socket) -> 
     return outgoing, {peer for peer in peers if peer > store.rank and store.rank in calls[peer]}
 
 
-def _tell_each_other(store: Store, name: str, value: object, peers: Sequence[int]) -> dict:
+def _tell_each_other(store: Store, name: str, value: object, peers: Sequence[int], read: Callable[[bytes, int], Any]) -> dict:
     """A gather among local peers only."""
     store.set(f"{name}/{store.rank}", json.dumps(value).encode())
     values = store.get_all([f"{name}/{peer}" for peer in peers])
-    return {peer: json.loads(text) for peer, text in zip(peers, values)}
+    return {peer: read(text, peer) for peer, text in zip(peers, values)}
 
 
 def _usable(rank: int, peer: int, peers: Sequence[int], shaken: Shaken) -> Optional[SharedPeer]:
@@ -341,7 +342,7 @@ def connect_tcp(store: Store, key: bytes, peers: Sequence[int], facts: Sequence[
         own = {tuple(offer) for offer in mine}
         dials = {}
         for peer, answer in zip(lower, answers):
-            offers = [offer for offer in json.loads(answer) if tuple(offer) not in own]  # equal addresses on two hosts: that's us
+            offers = [offer for offer in offers_of(answer, peer) if offer not in own]  # equal addresses on two hosts: that's us
             dials[peer] = functools.partial(_call, _places(store, peer, offers, facts, bool(interfaces)), store, deadline)
         incoming = {peer for peer in peers if peer > store.rank}
         shaken = shake(store, key, [sock for _, sock in listeners], dials, incoming, deadline)

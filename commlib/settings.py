@@ -147,17 +147,21 @@ class Settings:
         """The record of `to_json`.
 
         Raises:
-            ValueError: no JSON object, or a field that this version does not have.
+            ValueError: no JSON object, a field that this version does not have, or one that cannot have its value.
         """
-        record = json.loads(text)
+        try:
+            record = json.loads(text)
+        except RecursionError:
+            raise ValueError("a settings record is not that deep") from None
         if not isinstance(record, dict):
             raise ValueError("a settings record is a JSON object")
         unknown = sorted(set(record) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"this version of commlib has no setting named {', '.join(unknown)}")
-        record["algorithms"] = tuple(dict(record.get("algorithms", {})).items())
-        record["table"] = tuple(record.get("table", ()))
-        return cls(**record)
+        forced, table = record.get("algorithms", {}), record.get("table", [])
+        if not isinstance(forced, dict) or not isinstance(table, list):
+            raise ValueError("a settings record's 'algorithms' are an object, its 'table' is an array")
+        return cls(**{**record, "algorithms": tuple(forced.items()), "table": tuple(table)})
 
     def save(self, path):
         """Writes the record to a file, from which `load` pins it."""

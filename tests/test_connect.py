@@ -145,8 +145,8 @@ def test_a_pair_that_cannot_share_takes_tcp(monkeypatch, broken):
     elif broken == "connecting":
         real_tell = connecting._tell_each_other
 
-        def tell(store, name, value, peers):
-            told = real_tell(store, name, value, peers)
+        def tell(store, name, value, peers, read):
+            told = real_tell(store, name, value, peers, read)
             if (name, store.rank) == ("shm/name", 2):
                 told[1] = "no-such-name"
             return told

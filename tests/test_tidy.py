@@ -17,7 +17,7 @@ LAYERS = [
      "messages", "json_table", "cluster", "secret", "compressor", "requests"},
     {"algorithms"},
     {"bootstrap", "rendezvous", "rendezvous_wire", "rendezvous_server", "rendezvous_room", "proof", "handshake", "connect",
-     "interfaces", "dial", "mpi"},
+     "interfaces", "dial", "told", "mpi"},
     {"engine", "memory", "control", "selection"},
     {"calibrate", "layout", "handle", "prepared", "results", "simulation", "stalls", "joining", "standing_in"},
     {"collective", "simulated_training"},
