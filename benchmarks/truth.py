@@ -71,8 +71,9 @@ def measure(arguments):
     for hosts in arguments.hosts:
         load = os.getloadavg()
         with Cluster(hosts, arguments.rate_mbit, arguments.name) as cluster, tempfile.TemporaryDirectory() as folder:
-            order = {"ping_pong": [SMALL_NBYTES, *LARGE_NBYTES], "rounds": 9, "allreduce": ALLREDUCE_NBYTES, "repeats": 5,
-                     "steps": arguments.steps, "trainings": trainings(arguments, hosts, cluster.payload_bytes_per_s)}  # fmt: skip
+            order = {"ping_pong": [SMALL_NBYTES, *LARGE_NBYTES], "rounds": 9, "repeats": 5,
+                     "allreduce": ALLREDUCE_NBYTES if arguments.models else (), "steps": arguments.steps,
+                     "trainings": trainings(arguments, hosts, cluster.payload_bytes_per_s)}  # fmt: skip
             path = pathlib.Path(folder, "order")
             path.write_text(json.dumps({**order, "trainings": [detailed(work) for work in order["trainings"]]}))
             results = [pathlib.Path(folder, f"rank{rank}") for rank in range(hosts)]
@@ -83,7 +84,8 @@ def measure(arguments):
         record = {"hosts": hosts, "rate_mbit": arguments.rate_mbit, "order": order, "settings": found[0]["settings"],
                   "ping_pong": found[0]["ping_pong"], "busy": [one["busy"] for one in found[:2]],
                   "allreduce": [one["allreduce"] for one in found], "steps": [one["steps"] for one in found]}  # fmt: skip
-        add_run(arguments.output, f"{hosts} hosts, {arguments.rate_mbit} Mbit/s", arguments, load, record)
+        name = f"{hosts} hosts, {arguments.rate_mbit} Mbit/s" + ("" if arguments.models else ", ping-pong")
+        add_run(arguments.output, name, arguments, load, record)
         print(f"{hosts} hosts measured", flush=True)
 
 
@@ -94,12 +96,17 @@ def fitted(pairs, rate_mbit):
 
     Between namespaces nothing is on its way: the latency of a small message is its sender's and its receiver's processor time. What
     each byte takes of that is told by the processes' own clocks, half of it for sending.
+
+    Args:
+        pairs: runs on two hosts; what takes longer on a machine that is busy comes from those that measured all.
+        rate_mbit: of the links.
     """
+    whole = [one for one in pairs if one["order"]["allreduce"]]
     low, high = map(str, LARGE_NBYTES)
-    run = next(one for one in pairs if one["rate_mbit"] == rate_mbit)
+    run = next(one for one in whole if one["rate_mbit"] == rate_mbit)
     beta_s = (run["ping_pong"][high] - run["ping_pong"][low]) / (LARGE_NBYTES[1] - LARGE_NBYTES[0])
-    small_s = statistics.median(one["ping_pong"][str(SMALL_NBYTES)] for one in pairs)
-    busy_s = [(rank[high] - rank[low]) / (LARGE_NBYTES[1] - LARGE_NBYTES[0]) for one in pairs for rank in one["busy"]]
+    small_s = statistics.median(one["ping_pong"][str(SMALL_NBYTES)] for one in whole)
+    busy_s = [(rank[high] - rank[low]) / (LARGE_NBYTES[1] - LARGE_NBYTES[0]) for one in pairs for rank in one.get("busy", ())]
     return Link(0.0, beta_s), Processor(run["machine"]["cores"], MOST_HOSTS, small_s / 2, statistics.median(busy_s) / 2)
 
 
@@ -146,7 +153,7 @@ def compare(arguments):
     errors = {}
     print("| hosts, links | what | measured ms | simulated ms | simulated / measured |\n| --- | --- | ---: | ---: | ---: |")
     for run in runs:
-        if run["hosts"] not in arguments.hosts:
+        if run["hosts"] not in arguments.hosts or not run["order"]["allreduce"]:
             continue
         where = f"{run['hosts']}, {run['rate_mbit']} Mbit/s"
         for what, measured_s, simulated_s in rows(runs, run):
@@ -165,7 +172,7 @@ def main():
     measuring = commands.add_parser("measure")
     measuring.add_argument("--hosts", type=int, nargs="+", required=True, metavar="N")
     measuring.add_argument("--rate-mbit", type=int, default=1000, help="of each link and direction")
-    measuring.add_argument("--models", nargs="+", choices=SHRINK, default=list(SHRINK))
+    measuring.add_argument("--models", nargs="*", choices=SHRINK, default=list(SHRINK), help="none: the ping-pong alone")
     measuring.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     measuring.add_argument("--steps", type=int, default=5)
     measuring.add_argument("--name", default="truth", help="prefix of the namespaces")
