@@ -6,7 +6,6 @@ from typing import Any, Generic, Literal, TypeVar, overload
 
 from torch import Tensor
 from torch.nn import Module, Parameter
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from commlib import CommlibError as CommlibError
@@ -68,10 +67,21 @@ def DistributedOptimizer(
     sparse_as_dense: bool = False, process_set: ProcessSet = ..., *, model: Module | None = None, overlap_forward: bool = True,
     name: str = "") -> _DistributedOptimizer: ...
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(Module):
+    num_features: int
+    eps: float
+    momentum: float | None
+    affine: bool
+    track_running_stats: bool
+    weight: Parameter
+    bias: Parameter
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
     process_set: ProcessSet
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
                  track_running_stats: bool = True, *, process_set: ProcessSet = ..., **options: Any) -> None: ...
+    def forward(self, x: Tensor) -> Tensor: ...
 
 def allreduce(tensor: Tensor, average: bool | None = None, name: str | None = None,
               compression: type[Compressor] | Compressor | None = ..., op: ReduceOp | None = None,

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from commlib.torch.guards import without_dynamo
+from commlib.torch.private import has_parameter_dicts, parameters_of, set_parameters, without_dynamo
 from commlib.torch.regions import compiled_regions, gate_entry
 
 COMPILED = (
@@ -131,9 +131,10 @@ class Gates:
         for module in model.modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
-            own = [p for p in dict.values(module._parameters) if p is not None and p in member_of]
+            parameters = parameters_of(module)
+            own = [p for p in dict.values(parameters) if p is not None and p in member_of]
             gated.update(own)
-            if own and module not in inside and getattr(module._parameters, "gates", None) is not self:
+            if own and has_parameter_dicts and module not in inside and getattr(parameters, "gates", None) is not self:
                 self._gate_module(module)
         if "zero_grad" not in vars(model):
             # A bound method, not a closure: in a deep copy of the model it is bound to the copy.
@@ -147,7 +148,7 @@ class Gates:
             self._removals.append(gate_entry(region, partial(self.before_forward, parameters)))
 
     def _gate_module(self, module):
-        parameters = module._parameters
+        parameters = parameters_of(module)
         if isinstance(parameters, GatedParameters):
             still = set(_parameters_in(self._model).values())
             if any(parameter in still and parameter not in self.member_of for parameter in parameters.gates.member_of):
@@ -156,9 +157,10 @@ class Gates:
                     "that this one does not: use one optimizer with several parameter groups, or named_parameters="
                 )
             parameters.gates.remove()
-        module._parameters = WatchingParameters(module._parameters, self)
-        self._dicts.append(module._parameters)
-        self._removals.append(lambda: setattr(module, "_parameters", dict(module._parameters)))
+        watching = WatchingParameters(parameters_of(module), self)
+        set_parameters(module, watching)
+        self._dicts.append(watching)
+        self._removals.append(lambda: set_parameters(module, dict(parameters_of(module))))
         if not _reads_by_attribute(module):
             self._removals.append(module.register_forward_pre_hook(_Gate(self), prepend=True).remove)
 
@@ -254,7 +256,7 @@ def _parameters_in(model):
 
 def _own_items(module):
     """A scripted module keeps its parameters elsewhere, and what stands for its dict is none; no gates are there."""
-    parameters = module._parameters
+    parameters = parameters_of(module)
     return dict.items(parameters) if isinstance(parameters, dict) else parameters.items()
 
 
@@ -285,12 +287,12 @@ class _Gate(_ModelHook):
     def __call__(self, module, arguments):
         gates = self.gates
         if gates.pending or gates.read is not None:
-            gates.before_forward(dict.values(module._parameters))
+            gates.before_forward(dict.values(parameters_of(module)))
 
 
 def zero_grad(model, set_to_none=True):
     """As the model's own zero_grad, without waiting for weights, which it does not read."""
-    gated = [m._parameters for m in nn.Module.modules(model) if isinstance(m._parameters, GatedParameters)]
+    gated = [parameters for parameters in map(parameters_of, nn.Module.modules(model)) if isinstance(parameters, GatedParameters)]
     with ExitStack() as stack:
         for gates in {id(parameters.gates): parameters.gates for parameters in gated}.values():
             gates.listing_in = threading.get_ident()

@@ -15,6 +15,7 @@ import torch.distributed
 
 from commlib import CommlibError
 from commlib.interfaces import offered
+from commlib.torch.private import gloo_group
 
 _LOOPBACK = "127.0.0.1"
 
@@ -34,13 +35,8 @@ class GlooGroup:
 
     def __init__(self, rank, size, place, timeout_s, exchange):
         store = _ExchangeStore(exchange, timeout_s)
-        options = _options(place, timeout_s)
         before = set(_open_sockets())
-        if options is None:
-            self.process_group = torch.distributed.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s))
-        else:
-            self.process_group = torch.distributed.ProcessGroupGloo(store, rank, size, options)
-        self.process_group._set_default_timeout(_NEVER)
+        self.process_group = gloo_group(store, rank, size, place, timedelta(seconds=timeout_s), _NEVER)
         candidates = [_duplicate(descriptor) for descriptor in set(_open_sockets()) - before]
         self._connections = _mirrored(candidates, exchange, timeout_s)
 
@@ -120,15 +116,6 @@ def _address_towards(store):
             return probe.getsockname()[0]
     except (OSError, ValueError):
         return ""
-
-
-def _options(place, timeout_s):
-    if place is None:
-        return None
-    options = torch.distributed.ProcessGroupGloo._Options()
-    options._timeout = timedelta(seconds=timeout_s)
-    options._devices = [torch.distributed.ProcessGroupGloo.create_device(lazy_init=False, **place)]
-    return options
 
 
 def _open_sockets():

@@ -23,6 +23,7 @@ from commlib.torch.groups import (
 )  # fmt: skip
 from commlib.torch.order import FirstUse
 from commlib.torch.presence import Presence
+from commlib.torch.private import version_of
 from commlib.torch.sparse import SparseGroup, SparseSet
 from commlib.torch.tensors import buffer_of, check_tensor, fingerprint, real_view
 
@@ -169,7 +170,7 @@ class GradientExchange(Costs):
             arrivals.append(gradient.number)
         gradient.left -= 1
         if gradient.uses is None:
-            gradient.version = gradient.parameter.grad._version
+            gradient.version = version_of(gradient.parameter.grad)
         if not gradient.has_come(self.passes):
             return
         if not self.begun:

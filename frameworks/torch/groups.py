@@ -17,11 +17,12 @@ from typing import NamedTuple
 import torch
 
 import commlib
-from commlib.torch.storage import COPIED, PRIVATE, SMALL_NBYTES, Place, can_count, count_owners, shared_tensor
+from commlib.torch.private import can_count, copy_all, count_owners, version_of
+from commlib.torch.storage import COPIED, PRIVATE, SMALL_NBYTES, Place, shared_tensor
 from commlib.torch.tensors import buffer_of, note_changes
 
 # A loop in C over the tensors of a group costs a fifth of one in Python.
-_VERSION_OF, _DTYPE_OF, _LAYOUT_OF, _HAS_GRAPH = map(attrgetter, ("_version", "dtype", "layout", "requires_grad"))
+_DTYPE_OF, _LAYOUT_OF, _HAS_GRAPH = map(attrgetter, ("dtype", "layout", "requires_grad"))
 _NBYTES_OF, _GRADIENT_OF = attrgetter("nbytes"), attrgetter("grad")
 _ADDRESS_OF, _IS_CONTIGUOUS, _IS_NEGATED = torch.Tensor.data_ptr, torch.Tensor.is_contiguous, torch.Tensor.is_neg
 
@@ -175,7 +176,7 @@ class Group:
             present = gradient.parameter.grad
             if present is None and gradient.has_come(passes):
                 raise AssertionError(f"{ZEROED_IN_FLIGHT} (parameter {gradient.name!r})")
-            if present is not None and gradient.version not in (None, present._version):
+            if present is not None and gradient.version not in (None, version_of(present)):
                 raise RuntimeError(CHANGED_IN_FLIGHT.format(gradient.name))
 
     def check_untouched(self):
@@ -186,10 +187,10 @@ class Group:
             RuntimeError: it was changed in place, or replaced.
         """
         tensors, now = self.tensors, list(map(_GRADIENT_OF, self.parameters))
-        if not self.absent and all(map(is_, now, tensors)) and list(map(_VERSION_OF, tensors)) == self.versions:
+        if not self.absent and all(map(is_, now, tensors)) and list(map(version_of, tensors)) == self.versions:
             return
         for index, (present, tensor, version) in enumerate(zip(now, tensors, self.versions)):
-            if present is tensor and tensor is not None and tensor._version == version or index in self.absent:
+            if present is tensor and tensor is not None and version_of(tensor) == version or index in self.absent:
                 continue
             name = self.gradients[index].name
             if present is None:
@@ -233,12 +234,12 @@ class Group:
             if self.is_plain:
                 self._pieces.gather(map(_ADDRESS_OF, self.tensors))
             else:
-                torch._foreach_copy_(self._views, self.tensors)
+                copy_all(self._views, self.tensors)
             return self._buffer
         self._wire.zero_()
         present = [index for index in range(len(self.tensors)) if index not in self.absent]
         if present:
-            torch._foreach_copy_([self._views[index] for index in present], [self.tensors[index] for index in present])
+            copy_all([self._views[index] for index in present], [self.tensors[index] for index in present])
         return self._buffer
 
     def _make_buffer(self, communicator):
@@ -314,9 +315,9 @@ def are_ordinary(tensors, dtype):
 def versions_of(tensors):
     """How often each was changed in place; None of None."""
     try:
-        return list(map(_VERSION_OF, tensors))
+        return list(map(version_of, tensors))
     except AttributeError:
-        return [getattr(tensor, "_version", None) for tensor in tensors]
+        return [None if tensor is None else version_of(tensor) for tensor in tensors]
 
 
 def can_share(parameter):

@@ -13,8 +13,7 @@ import copy
 import torch
 from torch import nn
 
-# The private one is there without the compiler's import, which takes seconds.
-without_dynamo = getattr(torch, "_disable_dynamo", None) or torch.compiler.disable
+from commlib.torch.private import without_dynamo
 
 _GETTERS = (
     "device", "dtype", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mkldnn", "is_mps", "is_nested",

@@ -8,6 +8,8 @@ state_dict shows.
 import copyreg
 from contextlib import contextmanager
 
+from commlib.torch.private import mark_patched, note_step
+
 
 class DistributedMethods:
     """The methods by which a distributed optimizer differs from the user's own."""
@@ -19,12 +21,10 @@ class DistributedMethods:
             closure: as for the user's own step: it computes the loss and its gradients. After every call of it the
                 gradients are reduced over all ranks, and so is the loss, which step() then returns. step() waits.
         """
-        self._opt_called = True  # a learning-rate scheduler asks for it
+        note_step(self)
         return self._commlib.step(closure)
 
-    # Torch and its schedulers patch `step` unless it carries these marks; the real step below has been patched already.
-    step.hooked = True
-    step._wrapped_by_lr_sched = True
+    mark_patched(step)  # the real step below has been
 
     def synchronize(self):
         """Waits for all gradients and all updates still to come: p.grad and weights may be read and changed."""

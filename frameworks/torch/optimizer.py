@@ -23,6 +23,7 @@ from commlib.torch.landing import landing_of
 from commlib.torch.methods import DistributedMethods
 from commlib.torch.naming import Names
 from commlib.torch.overlapping import Overlapping
+from commlib.torch.private import is_patched_by_scheduler
 from commlib.torch.state import broadcast_optimizer_state, broadcast_parameters
 from commlib.torch.tensors import overlapping_pair
 from commlib.torch.waiting import Waiting
@@ -146,7 +147,7 @@ def wrap(optimizer, exchange, names, model=None, overlap_forward=True, share=Non
     named_parameters = names.of(trained_by(optimizer))
     # What somebody put on the instance is the real step; a scheduler's patch is not needed, as methods.py has its mark.
     patched = vars(optimizer).pop("step", None)
-    is_schedulers = getattr(patched, "_wrapped_by_lr_sched", False)
+    is_schedulers = is_patched_by_scheduler(patched)
     real_class = type(optimizer)
     is_own = patched is None or is_schedulers
     whole_step = (lambda *closure: real_class.step(optimizer, *closure)) if is_own else patched

@@ -9,10 +9,10 @@ of a whole step (probe.py), step() waits instead and says so.
 import logging
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import commlib
 from commlib.torch.arrival import is_tracked
@@ -21,16 +21,15 @@ from commlib.torch.gates import Gates
 from commlib.torch.groups import Phase
 from commlib.torch.guards import Guards
 from commlib.torch.options import Options
+from commlib.torch.private import (
+    at_end_of_backward, has_parameter_dicts, in_backward, thread_in_backward, without_torch_function,
+)  # fmt: skip
 from commlib.torch.probe import reason_to_wait
 from commlib.torch.regions import scripted_parameters
 from commlib.torch.turns import Turn
 from commlib.torch.waiting import Waiting
 
 _log = logging.getLogger("commlib.torch")
-
-# What is private to torch, and what stands in where a torch has none of it.
-_graph_task = getattr(torch._C, "_current_graph_task_id", None)
-_without_guards = getattr(torch._C, "DisableTorchFunctionSubclass", None) or torch._C.DisableTorchFunction
 
 
 class Overlapping(Waiting):
@@ -52,6 +51,10 @@ class Overlapping(Waiting):
         self._backward_in = None  # the thread in whose backward pass gradients are leaving; None: it is over
         self._all_guarded = False  # whether guards are on every parameter
         self._snapshots = None  # hyper-parameters at the last step()
+        self._is_end_told = True  # whether torch tells when the backward pass is over
+        registrars = (optimizer.register_step_pre_hook, optimizer.register_step_post_hook, register_optimizer_step_pre_hook,
+                      register_optimizer_step_post_hook)  # fmt: skip
+        self._step_hooks = [hooks_with(registrar) for registrar in registrars]
         self._index_of = {}
         self._options = Options()
         self._ungated = set()  # gradients whose parameters are read without anybody noticing
@@ -60,6 +63,8 @@ class Overlapping(Waiting):
         self.guards = Guards(self.gates.before_read, self._before_gradient)
         exchange.departing = self._guard_after_backward
         self._install_gates()
+        if not has_parameter_dicts:
+            reason = reason or "this torch keeps the parameters of modules where no gate can be"
         self._forced = reason is not None
         if reason is not None:
             self._probed = self._waits = True
@@ -134,9 +139,7 @@ class Overlapping(Waiting):
             self.probe_again()
         if not self._probed:
             self._probe()
-        hooks = (self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks,
-                 _global_optimizer_pre_hooks, _global_optimizer_post_hooks)  # fmt: skip
-        if any(hooks):
+        if any(self._step_hooks):
             self._waits = True
             self._say("the optimizer has step hooks, which see whole steps")
         if getattr(self.optimizer, "found_inf", None) is not None:
@@ -156,8 +159,7 @@ class Overlapping(Waiting):
 
     def _put_off(self):
         try:
-            # Cheaper than to take the guards off and put them on again.
-            with _without_guards():
+            with self._unnoticed():
                 self.exchange.claim()
                 self._snapshots = snapshot(self.optimizer.param_groups)
                 self.gates.shut(self.exchange.groups)
@@ -315,7 +317,9 @@ class Overlapping(Waiting):
         """The first gradient of a step leaves: once backward is over, whoever reads one waits for all."""
         if in_backward():
             self._backward_in = threading.get_ident()
-            torch.autograd.Variable._execution_engine.queue_callback(self._backward_over)
+            self._is_end_told = at_end_of_backward(self._backward_over)
+            if not self._is_end_told:
+                self._guard()  # from now on, which costs something for every gradient that is still to come
 
     def _backward_over(self):
         self._backward_in = None
@@ -326,7 +330,16 @@ class Overlapping(Waiting):
 
         After an exception in backward the thread in which it ran is the one that knows.
         """
-        return self._backward_in in (None, threading.get_ident())
+        if self._backward_in in (None, threading.get_ident()):
+            return True
+        return not self._is_end_told and not thread_in_backward(self._backward_in)
+
+    def _unnoticed(self):
+        """A context within which guards say nothing: cheaper than to take them off and put them on again."""
+        if without_torch_function is not None:
+            return without_torch_function()
+        self._release()
+        return nullcontext()
 
     @contextmanager
     def _unguarded(self):
@@ -371,16 +384,8 @@ class Overlapping(Waiting):
             timeline.span(f"update {group.name}", "update", waited_s, time.monotonic())
 
 
-def in_backward():
-    """Whether autograd is running the backward pass in this thread."""
-    if _graph_task is not None:
-        return _graph_task() != -1
-    try:
-        torch.autograd.Variable._execution_engine.queue_callback(_nothing)
-    except RuntimeError:  # "can only be installed during backward pass"
-        return False
-    return True
-
-
-def _nothing():
-    pass
+def hooks_with(register):
+    """The dict of hooks to which register(hook) adds one."""
+    handle = register(lambda *arguments: None)
+    handle.remove()
+    return handle.hooks_dict_ref()

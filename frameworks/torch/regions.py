@@ -7,6 +7,8 @@ file knows modules and two ways to call them.
 
 import torch
 
+from commlib.torch.private import compiled_call, set_compiled_call
+
 
 def compiled_regions(model):
     """The outermost modules whose call runs compiled code, out of `model` and everything in it."""
@@ -22,8 +24,7 @@ def scripted_parameters(model):
 
 def _is_compiled(module):
     is_wrapper = type(module).__name__ == "OptimizedModule"  # torch.compile(module)
-    has_own_call = getattr(module, "_compiled_call_impl", None) is not None  # module.compile()
-    return is_wrapper or has_own_call
+    return is_wrapper or compiled_call(module) is not None  # by module.compile()
 
 
 def gate_entry(module, enter):
@@ -32,16 +33,16 @@ def gate_entry(module, enter):
     Returns:
         A function that undoes it.
     """
-    compiled_call = vars(module).get("_compiled_call_impl")
-    if compiled_call is None:
+    compiled = compiled_call(module)
+    if compiled is None:
         return module.register_forward_pre_hook(_Entry(enter), prepend=True).remove
 
     def entered_call(*args, **kwargs):
         enter()
-        return compiled_call(*args, **kwargs)
+        return compiled(*args, **kwargs)
 
-    module._compiled_call_impl = entered_call
-    return lambda: setattr(module, "_compiled_call_impl", compiled_call)
+    set_compiled_call(module, entered_call)
+    return lambda: set_compiled_call(module, compiled)
 
 
 class _Entry:

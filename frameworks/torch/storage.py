@@ -13,6 +13,7 @@ import weakref
 
 import torch
 
+from commlib.torch.private import can_count, count_owners
 from commlib.torch.tensors import contiguous
 
 # Up to this size gradients share an operation, and a buffer. To copy 64 KiB in and out of it takes 10 to 20 us, what an
@@ -40,20 +41,6 @@ def shared_tensor(communicator, count, dtype):
 def has_shared(communicator):
     """Whether another rank maps what this one shares, and the engine makes use of it."""
     return getattr(communicator, "backend", None) == "native" and communicator.local_size > 1
-
-
-# How many tensors lie over a storage is known to torch alone. Where it does not tell, everything is taken for shared.
-_use_count = getattr(torch._C, "_storage_Use_Count", None)
-
-
-def can_count():
-    """Whether it can be told that nobody else sees a tensor's memory."""
-    return _use_count is not None
-
-
-def count_owners(tensor):
-    """How many tensors lie over this one's memory; only where `can_count`."""
-    return _use_count(tensor.untyped_storage()._cdata)
 
 
 def _count_holders(tensors):

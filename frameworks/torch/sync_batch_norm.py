@@ -5,15 +5,16 @@ weight and bias stay this rank's own, for DistributedOptimizer to average, as wi
 """
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import commlib
 from commlib.process_sets import communicator_of, global_process_set
 from commlib.torch.operations import begin_allreduce
+from commlib.torch.private import BatchNorm
 
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(BatchNorm):
     """Batch normalisation of (N, C) or (N, C, ...) over N of all ranks and every dimension after C.
 
     In training y = (x - mean) / sqrt(variance + eps) * weight + bias, with mean and variance over the rows of all ranks, which
@@ -48,20 +49,18 @@ class SyncBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
         self.process_set = process_set
 
-    def _check_input_dim(self, x):
-        if x.dim() < 2:
-            raise ValueError(f"expected at least 2D input (got {x.dim()}D input)")
-
     def forward(self, x):
         """Normalises this rank's part of the batch."""
-        self._check_input_dim(x)
+        if x.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {x.dim()}D input)")
         is_training = self.training or not self.track_running_stats
-        if not is_training or communicator_of(self.process_set).size == 1:
-            return super().forward(x)
-        factor = self.momentum
+        factor = self.momentum or 0.0
         if self.training and self.track_running_stats:
             self.num_batches_tracked.add_(1)
             factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        if not is_training or communicator_of(self.process_set).size == 1:
+            statistics = (self.running_mean, self.running_var)
+            return nn.functional.batch_norm(x, *statistics, self.weight, self.bias, is_training, factor, self.eps)
         y, mean, variance, count = _Normalize.apply(x, self.eps, self.process_set)
         if self.training and self.track_running_stats:
             with torch.no_grad():

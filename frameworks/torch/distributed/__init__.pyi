@@ -4,7 +4,6 @@ from datetime import timedelta
 
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
 from commlib import CommlibError, Communicator
@@ -23,4 +22,4 @@ class DDPState:
     def __init__(self, process_group: dist.ProcessGroup | None = None, compression: type[Compressor] | Compressor | None = ...,
                  timeout: timedelta | None = None) -> None: ...
 
-def ddp_hook(state: DDPState | None, bucket: GradBucket) -> Future[Tensor]: ...
+def ddp_hook(state: DDPState | None, bucket: dist.GradBucket) -> Future[Tensor]: ...

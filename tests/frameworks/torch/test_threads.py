@@ -9,7 +9,6 @@ from double import DoubleCommunicator, distribute
 from models import Plain, batches, make, train, weights
 from torch import nn
 
-from commlib.torch import overlapping
 from commlib.torch.methods import DistributedMethods
 from commlib.torch.turns import Turn
 
@@ -157,15 +156,3 @@ def test_a_forked_child_does_not_wait_for_a_thread_of_its_parent():
     over.set()
     thread.join(LIMIT_S)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-
-
-def test_a_torch_that_does_not_tell_where_it_is(monkeypatch):
-    """Whether backward runs is found out without torch's private function, too."""
-    seen = []
-    for task in (overlapping._graph_task, None):
-        monkeypatch.setattr(overlapping, "_graph_task", task)
-        weight = torch.ones(2, requires_grad=True)
-        weight.register_hook(lambda _: seen.append(overlapping.in_backward()))
-        weight.sum().backward()
-        seen.append(overlapping.in_backward())
-    assert seen == [True, False] * 2
