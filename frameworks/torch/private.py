@@ -88,13 +88,13 @@ class _Version:
 
     def __init__(self, tensor):
         with torch.enable_grad():
-            self._node = _Saved.apply(torch.ones((), requires_grad=True), tensor).grad_fn
+            self._kept = _Saved.apply(torch.ones((), requires_grad=True), tensor)  # older torch forgets a node without it
 
     def __eq__(self, later):
         if not isinstance(later, _Version):
             return NotImplemented
         try:
-            return self._node.saved_tensors is not None and later._node.saved_tensors is not None
+            return all(version._kept.grad_fn.saved_tensors is not None for version in (self, later))
         except RuntimeError:  # "modified by an inplace operation"
             return False
 
@@ -132,7 +132,7 @@ copy_all = getattr(torch, "_foreach_copy_", _copy_each)
 BatchNorm = getattr(nn.modules.batchnorm, "_BatchNorm", nn.SyncBatchNorm)
 
 # Whether a module's parameters are in a dict that can be replaced; else nothing is there for a gate.
-has_parameter_dicts = type(vars(nn.Linear(1, 1)).get("_parameters")) is dict
+has_parameter_dicts = isinstance(vars(nn.Linear(1, 1)).get("_parameters"), dict)
 
 
 def parameters_of(module):
@@ -198,5 +198,8 @@ def _options_of_gloo(place, timeout):
         return None
     options = _gloo_options()
     options._timeout = timeout
-    options._devices = [_gloo.create_device(lazy_init=False, **place)]
+    try:
+        options._devices = [_gloo.create_device(lazy_init=False, **place)]
+    except TypeError:  # of an older torch, which never connects as late as that
+        options._devices = [_gloo.create_device(**place)]
     return options
