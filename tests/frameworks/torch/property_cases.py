@@ -6,6 +6,7 @@ ranks' tensors, so that it knows by itself what its result must be.
 
 import itertools
 import random
+import sys
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class Case:
 
     def __init__(self, kind, dtype, shape, op, seed, size):
         rng = random.Random(seed)
-        self.kind, self.dtype, self.op, self.seed = kind, dtype, op, seed
+        self.kind, self.dtype, self.shape, self.op, self.seed = kind, dtype, shape, op, seed
         self.members = sorted(rng.sample(range(size), rng.randint(1, size))) if rng.random() < 0.3 else list(range(size))
         self.is_strided = rng.random() < 0.3
         self.prescale, self.postscale = rng.choice(((1.0, 1.0), (1.0, 1.0), (2.0, 0.5), (0.5, 3.0)))
@@ -61,6 +62,12 @@ class Case:
     def arrays(self):
         """All members' values, in a dtype wide enough."""
         return [self.tensor(rank).double().numpy().astype(DTYPES[self.dtype]) for rank in self.members]
+
+    def traits(self):
+        """The value of each axis of the matrix that this case stands for."""
+        return (("kind", self.kind), ("dtype", self.dtype), ("shape", self.shape), ("op", self.op),
+                ("scales", (self.prescale, self.postscale)), ("strided", self.is_strided),
+                ("some ranks", len(self.members) < len(self.shapes)))  # fmt: skip
 
     # ---- the reference
 
@@ -163,6 +170,17 @@ def all_cases(seed, size):
             yield Case(kind, dtype, shape, op, rng.randrange(1 << 30), size)
 
 
+def covering(cases, seed):
+    """Fewer cases, in which any two values of two axes that some case has together still meet."""
+    cases, seen, kept = list(cases), set(), []
+    for case in random.Random(seed).sample(cases, len(cases)):
+        pairs = set(itertools.combinations(case.traits(), 2))
+        if not pairs <= seen:
+            seen |= pairs
+            kept.append(case)
+    return kept
+
+
 def _set_of(members, sets):
     if len(members) == comm.size():
         return comm.global_process_set
@@ -186,6 +204,25 @@ def check_part(seed, part, parts):
     """One case of so many. Returns (how many cases there were, what was wrong)."""
     cases = list(all_cases(seed, comm.size()))[part::parts]
     return len(cases), _faults(cases)
+
+
+def check_covering(seed):
+    """As `check_part` of fewer cases, which hold every value of every axis, and all that meet of any two axes."""
+    cases = covering(all_cases(seed, comm.size()), seed)
+    values = {trait for case in cases for trait in case.traits()}
+    wanted = {("dtype", dtype) for dtype in DTYPES} | {("shape", shape) for shape in SHAPES} | {("op", op) for op in OPS}
+    wanted |= {("kind", kind) for kind in (*FORMS, "broadcast", *ROW_KINDS)} | {("some ranks", comm.size() > 1)}
+    return len(cases), [f"no case of {value}" for value in wanted - values] + _faults(cases)
+
+
+def main(seed):
+    """What a rank runs that mpirun has started, for all cases to go by MPI."""
+    comm.init()
+    assert comm.mpi_enabled() or comm.size() == 1
+    count, faults = check_covering(seed)
+    assert count > 100 and not faults, faults
+    comm.shutdown()
+    sys.stdout.write(f"{count} cases are right\n")
 
 
 def check_between_cycles(seed, first, cycles):
