@@ -190,8 +190,16 @@ def _stacked(group, rank, size, make):
     return [torch.stack(all_gather(group, rank, size, make))]
 
 
+def _exchanged(group, rank, size, make):
+    """What all_to_all gives; older torch's gloo has none."""
+    mine = torch.stack([make(number) for number in range(size)])
+    everybodys = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(everybodys, mine, group=group)
+    return [inputs[rank] for inputs in everybodys]
+
+
 # What gloo cannot do itself is compared with what it can.
-_BY_GLOO = {all_gather_into_tensor: _stacked, reduce_scatter: _scattered_sum, reduce_scatter_tensor: _scattered_sum}
+_BY_GLOO = {all_to_all: _exchanged, all_gather_into_tensor: _stacked, reduce_scatter: _scattered_sum, reduce_scatter_tensor: _scattered_sum}
 
 
 def compare():
