@@ -199,7 +199,8 @@ def _exchanged(group, rank, size, make):
 
 
 # What gloo cannot do itself is compared with what it can.
-_BY_GLOO = {all_to_all: _exchanged, all_gather_into_tensor: _stacked, reduce_scatter: _scattered_sum, reduce_scatter_tensor: _scattered_sum}
+_BY_GLOO = {all_to_all: _exchanged, all_gather_into_tensor: _stacked, reduce_scatter: _scattered_sum,
+            reduce_scatter_tensor: _scattered_sum}  # fmt: skip
 
 
 def compare():
