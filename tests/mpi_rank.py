@@ -191,6 +191,19 @@ def somebody_is_missing():
     os._exit(0)
 
 
+def stalled():
+    """The last rank does not do what the others do until they have failed: MPI's barrier is a wait that nobody looks at."""
+    communicator, last = commlib.init(comm=WORLD), WORLD.size - 1
+    for turn in (RANK != last, RANK == last):
+        if turn:
+            error = expect_raises(commlib.StalledError, f"but rank {last} did not", communicator.allreduce, np.ones(5), name="x")
+            assert error.rank == last
+        WORLD.Barrier()
+        communicator.alltoall(np.ones(WORLD.size))  # what the others said before has come, too
+    assert (communicator.allreduce(np.ones(5), op=commlib.Sum) == WORLD.size).all()
+    commlib.shutdown()
+
+
 def killed():
     """The last rank dies in the middle of a large operation; the launcher is told to leave the others alone."""
     communicator = commlib.init(comm=WORLD, settings=commlib.Settings(transport="mpi", lost_ms=1000, heartbeat_ms=100))

@@ -262,3 +262,29 @@ def prepared_after_join():
 def test_prepared_operations():
     with Ranks(3, transport="shm") as ranks:
         assert ranks.call(prepared_after_join) == [[3.0] * 3] * 3
+
+
+def interrupted_once(folder):
+    """Rank 0 joins; when the other has seen that, it presses rank 0's Ctrl-C, and joins when rank 0 has got it."""
+    communicator, mark = commlib.communicator(), pathlib.Path(folder) / "interrupted"
+    if communicator.rank == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        communicator.exchange(str(os.getpid()).encode(), name="process")
+        with pytest.raises(KeyboardInterrupt):
+            communicator.join()
+        mark.touch()
+    else:
+        process = int(communicator.exchange(b"", name="process")[0])
+        while communicator.allreduce(np.ones(1), op=commlib.Sum)[0] != 1.0:
+            pass
+        os.kill(process, signal.SIGINT)
+        while not mark.exists():
+            time.sleep(0.01)
+    last = communicator.join()
+    return last, communicator.allreduce(np.ones(1), op=commlib.Sum)[0]
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_ctrl_c_ends_a_wait_in_join_which_may_go_on(transport, tmp_path):
+    with Ranks(2, transport=transport) as ranks:
+        assert ranks.call(interrupted_once, str(tmp_path)) == [(1, 2.0)] * 2

@@ -93,6 +93,11 @@ def test_the_transport_alone_finds_the_communicator(path):
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
+def test_what_a_rank_never_submits_fails_on_every_rank(path, library):
+    run_parts(path, library, 2, "stalled", transport="mpi", stall_warning_s="0.1", stall_shutdown_s="3")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_a_missing_rank_is_told(path, library):
     printed = run(path, library, 2, HERE / "mpi_rank.py", "somebody_is_missing", ends_well=False)
     assert "rank 1 waited 0.5 s" in printed

@@ -265,7 +265,7 @@ class Remembering(torch.optim.SGD):
 @pytest.mark.parametrize("ladder", [LADDER, (Capacity(2, 1 << 20),), None])
 def test_optimizers_that_keep_gradients(monkeypatch, ladder, keep_itself, counts):
     if not counts:  # a torch without that private function
-        monkeypatch.setattr("commlib.torch.storage._use_count", None)
+        monkeypatch.setattr("commlib.torch.private._use_count", None)
     data, results = batches(6, rows=4), []
     for wrapped in (False, True):
         model = make(Net)
