@@ -21,7 +21,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 PAGES = sorted([*ADAPTER.rglob("*.py"), *ADAPTER.rglob("*.pyi")])
 
 # Those that run in the test's own process, and what is below that depends on what torch has.
-SUITE = ("test_overlap.py", "test_threads.py", "test_replaced.py", "test_probe.py", "test_hard_errors.py",
+SUITE = ("test_overlap.py", "test_hard_errors.py",
          "test_private.py::test_batch_normalisation_of_one_rank_is_torchs", "test_private.py::test_a_gloo_group")  # fmt: skip
 
 
