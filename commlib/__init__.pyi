@@ -78,6 +78,7 @@ class Settings:
     eager_nbytes: int
     eager_budget_nbytes: int
     inflight_nbytes: int
+    inflight_most_nbytes: int
     spin_us: int
     heartbeat_ms: int
     lost_ms: int

@@ -392,7 +392,7 @@ def functions_address():
 
 
 ENGINE_SETTINGS = (
-    "eager_nbytes", "eager_budget_nbytes", "inflight_nbytes", "spin_us", "heartbeat_ms", "lost_ms", "shm_ring_nbytes",
+    "eager_nbytes", "eager_budget_nbytes", "inflight_nbytes", "inflight_most_nbytes", "spin_us", "heartbeat_ms", "lost_ms", "shm_ring_nbytes",
     "stall_warning_s", "stall_shutdown_s",
 )  # fmt: skip
 

@@ -4,9 +4,11 @@ Rank 0's record is broadcast at init, so that all ranks hold the same; its hash 
 saved to a file and pinned from it. This file reads no environment: `bootstrap` hands over the COMMLIB_* options as text.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from typing import Callable, NamedTuple, Optional, Tuple
@@ -38,7 +40,9 @@ class Settings:
     Args:
         eager_nbytes: operations up to this size are sent without waiting for the receiver's grant.
         eager_budget_nbytes: eager bytes on the way to one peer, at most.
-        inflight_nbytes: bytes posted to one link and not yet sent, at most: what an urgent tensor waits for.
+        inflight_nbytes: bytes posted to one link and not yet sent, at most: what an urgent tensor waits for. Of a TCP connection
+            the kernel holds up to twice as many that are not on the wire, or bandwidth times delay where that is more.
+        inflight_most_nbytes: but never more than this for the sake of bandwidth and delay; 0: nothing is derived from them.
         spin_us: a waiting caller polls this long before it blocks.
         heartbeat_ms: how often an idle tcp link says that it lives.
         lost_ms: a tcp link silent for this long is lost, or one whose bytes are not acknowledged for this long; at least 3
@@ -70,6 +74,7 @@ class Settings:
     eager_nbytes: int = 16 << 10  # copying 16 KiB (about 1 us) is cheaper than a round trip for the grant
     eager_budget_nbytes: int = 1 << 20  # 64 of the largest eager messages per peer: bounds the memory kept for early ones
     inflight_nbytes: int = 32 << 10  # what 10 Gbit/s carry in 25 us: keeps a link busy, and is soon over
+    inflight_most_nbytes: int = 4 << 20  # what 40 Gbit/s carry in 0.8 ms; as far as Linux lets a connection's buffer grow
     spin_us: int = 20  # a few times the cost of a futex wake-up; longer spinning takes cores from training
     heartbeat_ms: int = 1000
     lost_ms: int = 30_000  # a switch that restarts, a host that swaps; a process that dies is noticed at once
@@ -164,9 +169,23 @@ class Settings:
         return cls(**{**record, "algorithms": tuple(forced.items()), "table": tuple(table)})
 
     def save(self, path):
-        """Writes the record to a file, from which `load` pins it."""
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(self.to_json() + "\n")
+        """Writes the record to a file, from which `load` pins it.
+
+        Raises:
+            OSError: it cannot be written; a record that was there before is as it was.
+        """
+        in_place = os.path.exists(path) and not os.path.isfile(path)  # /dev/stdout
+        target = path if in_place else f"{os.path.realpath(path)}.part"
+        try:
+            with open(target, "w", encoding="utf-8") as file:
+                file.write(self.to_json() + "\n")
+            if not in_place:
+                os.replace(target, os.path.realpath(path))
+        except OSError:
+            if not in_place:
+                with contextlib.suppress(OSError):
+                    os.remove(target)
+            raise
 
     @classmethod
     def load(cls, path):

@@ -103,6 +103,7 @@ typedef struct {
     uint64_t eager_nbytes;         /* operations up to this size send without waiting for a grant */
     uint64_t eager_budget_nbytes;  /* eager bytes on the way to one peer, at most; beyond it they wait for grants */
     uint64_t inflight_nbytes;      /* data posted to one peer's link and not yet sent, at most (one step may exceed it) */
+    uint64_t inflight_most_nbytes; /* tcp: so far what the kernel holds unsent may grow with bandwidth x delay */
     uint32_t spin_us;              /* a waiting caller polls this long before it blocks */
     uint32_t heartbeat_ms;         /* tcp: an idle link says that it lives, this often */
     uint32_t lost_ms;              /* tcp: a link silent this long is lost, or one whose bytes nobody acknowledges */

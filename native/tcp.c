@@ -10,10 +10,12 @@
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
+#include <linux/tcp.h> /* of its tcp_info, that of <netinet/tcp.h> lacks the end */
 #include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <stdarg.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -29,7 +31,8 @@ enum {
     WRITE_VECTORS = 2 * 16,       /* headers and payloads of one system call */
     STAGING_NBYTES = 256 * 1024,  /* stays in the second-level cache until it is reduced */
     CALLS_PER_PROGRESS = 4,       /* reads, and writes: other links must have their turn */
-    UNSENT_NBYTES = 64 * 1024,    /* in the kernel and not on the wire: one offload burst keeps that busy */
+    UNSENT_BURSTS = 2,            /* of inflight_nbytes, held by the kernel at least: one offload's 64 KiB by default */
+    UNSENT_LEAST_NBYTES = 4096,   /* less would cost more system calls than it could hasten anything */
     PIECE_NBYTES = 64,            /* pieces are multiples of it */
     REASON_NBYTES = 96
 };
@@ -62,6 +65,10 @@ typedef struct {
     tcp_incoming incoming;
     uint8_t *staging;
     size_t start, end; /* of the bytes in staging not yet understood */
+
+    cl_settings settings;
+    double bytes_per_s; /* the bandwidth that was seen last, or 0 */
+    int unsent_nbytes;  /* what TCP_NOTSENT_LOWAT is */
 
     bool sent_lately, received_lately; /* since the last tick */
     bool ticked;
@@ -435,6 +442,48 @@ static void tcp_forget(cl_link *link, uint64_t key)
         forget_place(tcp);
 }
 
+/* ---- how much the kernel holds ------------------------------------------------------------------------------- */
+
+/*
+ * What the kernel has taken and not sent goes before anything more urgent, so it is to be little; but a window's
+ * acknowledgements may come at once, and then that much must be there, or the wire is idle until this thread wakes.
+ */
+int cl_tcp_unsent_nbytes(const cl_settings *settings, double bytes_per_s, double delay_s)
+{
+    double least = UNSENT_BURSTS * (double)settings->inflight_nbytes, most = (double)settings->inflight_most_nbytes;
+    double wanted = bytes_per_s * delay_s;
+    if (wanted > most)
+        wanted = most;
+    if (wanted < least)
+        wanted = least;
+    if (wanted < UNSENT_LEAST_NBYTES)
+        return UNSENT_LEAST_NBYTES;
+    return wanted > INT_MAX ? INT_MAX : (int)wanted;
+}
+
+static void hold_unsent(tcp_link *tcp, int nbytes)
+{
+    if (nbytes == tcp->unsent_nbytes)
+        return;
+    tcp->unsent_nbytes = nbytes;
+    (void)setsockopt(tcp->socket, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &nbytes, sizeof nbytes); /* a socketpair has none */
+}
+
+/* Where we and not the network were the limit, a rate says only that the link carries at least so much. */
+static void measure(tcp_link *tcp)
+{
+    struct tcp_info info = {0};
+    socklen_t length = sizeof info;
+    if (getsockopt(tcp->socket, IPPROTO_TCP, TCP_INFO, &info, &length) != 0 ||
+        length < offsetof(struct tcp_info, tcpi_delivery_rate) + sizeof info.tcpi_delivery_rate)
+        return; /* no TCP, or a kernel older than 4.9 */
+    const double rate = (double)info.tcpi_delivery_rate;
+    if (rate > tcp->bytes_per_s || (rate > 0 && !info.tcpi_delivery_rate_app_limited))
+        tcp->bytes_per_s = rate;
+    const double delay_s = info.tcpi_min_rtt == UINT32_MAX ? 0 : 1e-6 * info.tcpi_min_rtt;
+    hold_unsent(tcp, cl_tcp_unsent_nbytes(&tcp->settings, tcp->bytes_per_s, delay_s));
+}
+
 /* ---- time --------------------------------------------------------------------------------------------------- */
 
 /* This process may have been stopped itself, while the peer's words came in: then the silence is ours. */
@@ -469,6 +518,7 @@ static void tcp_tick(cl_link *link, double now_s)
     }
     if (now_s - tcp->last_sent_s >= tcp->heartbeat_s && tcp->count == 0)
         enqueue(tcp, &(cl_frame){.type = HEARTBEAT}, NULL);
+    measure(tcp);
     write_queued(tcp);
 }
 
@@ -531,13 +581,13 @@ static int seconds_in(uint32_t ms)
 }
 
 /*
- * Small frames go at once; the kernel takes little more than the wire does, since what it has taken goes before anything
- * urgent; and it notices a host that vanished by itself, in lost_ms, also while nobody gives this engine the processor:
- * by bytes that are not acknowledged, or by three probes where there are none. A socketpair needs none of these.
+ * Small frames go at once; and the kernel notices a host that vanished by itself, in lost_ms, also while nobody gives this
+ * engine the processor: by bytes that are not acknowledged, or by three probes where there are none. A socketpair needs
+ * none of these.
  */
 static int prepare_socket(int socket, uint32_t lost_ms)
 {
-    const int on = 1, unsent = UNSENT_NBYTES, probes = 3, every_s = seconds_in(lost_ms / 4);
+    const int on = 1, probes = 3, every_s = seconds_in(lost_ms / 4);
     const unsigned unacknowledged_ms = lost_ms;
     if (socket < 0)
         return CL_INVALID;
@@ -549,7 +599,6 @@ static int prepare_socket(int socket, uint32_t lost_ms)
     (void)setsockopt(socket, IPPROTO_TCP, TCP_KEEPINTVL, &every_s, sizeof every_s);
     (void)setsockopt(socket, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof probes);
     (void)setsockopt(socket, IPPROTO_TCP, TCP_USER_TIMEOUT, &unacknowledged_ms, sizeof unacknowledged_ms);
-    (void)setsockopt(socket, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof unsent);
     return CL_OK;
 }
 
@@ -572,6 +621,8 @@ int cl_tcp_link_new(int socket, const cl_settings *settings, cl_link **link)
     tcp->staging = staging;
     tcp->heartbeat_s = 1e-3 * settings->heartbeat_ms;
     tcp->lost_s = 1e-3 * settings->lost_ms;
+    tcp->settings = *settings;
+    hold_unsent(tcp, cl_tcp_unsent_nbytes(settings, 0, 0));
     *link = &tcp->link;
     return CL_OK;
 }

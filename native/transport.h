@@ -141,4 +141,7 @@ extern const cl_transport cl_mpi_transport;
 /* tcp.c: takes ownership of the socket in every case. The caller sets transport-independent fields. */
 int cl_tcp_link_new(int socket, const cl_settings *settings, cl_link **link);
 
+/* tcp.c: what the kernel may hold of one connection that is not yet on the wire, in bytes: bandwidth x delay, between bounds. */
+int cl_tcp_unsent_nbytes(const cl_settings *settings, double bytes_per_s, double delay_s);
+
 #endif

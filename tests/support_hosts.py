@@ -4,11 +4,16 @@ Needs root and the tools of iproute2; `why_not` says what is missing. A host's l
 """
 
 import contextlib
+import fcntl
 import os
+import select
 import shutil
+import struct
 import subprocess
+import threading
 import time
 import uuid
+from collections import deque
 
 from support import Ranks
 
@@ -128,6 +133,50 @@ class Hosts:
         run(f"ip netns exec {self.names[index]} ss -K state established", check=False)
         after = run(f"ip netns exec {self.names[index]} ss -Htn state established").stdout
         return bool(before.strip()) and not after.strip()
+
+
+class FarApart:
+    """A second way between two hosts, on which every packet takes its time; a context manager.
+
+    A device `far0` on each, 10.66.0.1 and 10.66.0.2; between them a thread holds each packet for `delay_s`.
+    """
+
+    _SET_INTERFACE, _TUN_NO_HEADER, _MTU = 0x400454CA, 0x1001, 9000  # TUNSETIFF, IFF_TUN | IFF_NO_PI
+
+    def __init__(self, hosts, delay_s):
+        self._hosts, self._delay_s, self._ends = hosts, delay_s, []
+        self._over, self._thread = threading.Event(), threading.Thread(target=self._carry, daemon=True)
+
+    def __enter__(self):
+        for index, name in enumerate(self._hosts.names):
+            self._ends.append(os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK))
+            device = f"{name[3:]}f"
+            fcntl.ioctl(self._ends[-1], self._SET_INTERFACE, struct.pack("16sH22x", device.encode(), self._TUN_NO_HEADER))
+            run(f"ip link set {device} netns {name} name far0")
+            run(f"ip -n {name} addr add 10.66.0.{index + 1}/24 dev far0")
+            run(f"ip -n {name} link set far0 mtu {self._MTU} txqueuelen 1000 up")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join(10.0)
+        for end in self._ends:
+            os.close(end)
+
+    def _carry(self):
+        held = deque()  # (when it arrives, where, the packet), in that order
+        while not self._over.is_set():
+            left_s = max(held[0][0] - time.monotonic(), 0.0) if held else 0.05
+            readable, _, _ = select.select(self._ends, [], [], min(left_s, 0.05))
+            for end in readable:
+                with contextlib.suppress(BlockingIOError):
+                    held.append((time.monotonic() + self._delay_s, self._ends[1 - self._ends.index(end)], os.read(end, 65536)))
+            while held and held[0][0] <= time.monotonic():
+                _, end, packet = held.popleft()
+                with contextlib.suppress(BlockingIOError):  # as a full queue of a switch
+                    os.write(end, packet)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <stdlib.h>
@@ -324,6 +325,29 @@ static void the_socket_is_set_up(fixture *f)
     EXPECT(fcntl(descriptor, F_GETFD) == FD_CLOEXEC, "programs that we start inherit the socket");
 }
 
+static int unsent(double inflight_nbytes, double most_nbytes, double bytes_per_s, double delay_s)
+{
+    const cl_settings bounds = {.inflight_nbytes = (uint64_t)inflight_nbytes, .inflight_most_nbytes = (uint64_t)most_nbytes};
+    return cl_tcp_unsent_nbytes(&bounds, bytes_per_s, delay_s);
+}
+
+static void what_the_kernel_holds_follows_the_link(fixture *f)
+{
+    uint32_t events;
+    const int descriptor = cl_tcp_transport.pollfd(f->link, &events);
+    int held = 0;
+    socklen_t length = sizeof held;
+    EXPECT(unsent(32768, 4e6, 0, 0) == 65536, "nothing known: %d", unsent(32768, 4e6, 0, 0));
+    EXPECT(unsent(32768, 4e6, 125e6, 50e-6) == 65536, "1 Gbit/s x 50 us: %d", unsent(32768, 4e6, 125e6, 50e-6));
+    EXPECT(unsent(32768, 4e6, 125e6, 2e-3) == 250000, "1 Gbit/s x 2 ms: %d", unsent(32768, 4e6, 125e6, 2e-3));
+    EXPECT(unsent(32768, 4e6, 1.25e9, 2e-3) == 2500000, "10 Gbit/s x 2 ms: %d", unsent(32768, 4e6, 1.25e9, 2e-3));
+    EXPECT(unsent(32768, 4e6, 1.25e9, 1.0) == 4000000, "beyond the bound: %d", unsent(32768, 4e6, 1.25e9, 1.0));
+    EXPECT(unsent(32768, 0, 1.25e9, 1.0) == 65536, "nothing derived: %d", unsent(32768, 0, 1.25e9, 1.0));
+    EXPECT(unsent(1, 0, 0, 0) == 4096, "absurdly little: %d", unsent(1, 0, 0, 0));
+    EXPECT(unsent(1e18, 0, 0, 0) == INT_MAX, "absurdly much: %d", unsent(1e18, 0, 0, 0));
+    EXPECT(getsockopt(descriptor, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &held, &length) == 0 && held == 4096, "held: %d", held);
+}
+
 static void only_a_full_link_asks_for_room(fixture *f)
 {
     uint32_t events = 0;
@@ -359,6 +383,7 @@ static const struct {
     {"a close keeps its last words", a_close_keeps_its_last_words},
     {"wrong arguments are refused", wrong_arguments_are_refused},
     {"the socket is set up", the_socket_is_set_up},
+    {"what the kernel holds follows the link", what_the_kernel_holds_follows_the_link},
     {"only a full link asks for room", only_a_full_link_asks_for_room},
 };
 
