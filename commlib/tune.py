@@ -100,17 +100,28 @@ def _positive(text: str) -> float:
 def run(options) -> int:
     """The command, on one rank; rank 0 writes and prints. Returns the exit code."""
     import commlib
-    from commlib import tune_report
 
     communicator = commlib.init()
     if communicator.size == 1:
         print("commlib tune: one rank has no links: start it as commrun -np 2 commlib tune --output FILE", file=sys.stderr)
         return 2
     result = tune(communicator, sizes_upto(options.largest), options.budget)
-    if communicator.rank == 0:
+    code = _write(result, options) if communicator.rank == 0 else 0
+    commlib.shutdown()
+    return code
+
+
+def _write(result, options) -> int:
+    """What was measured for so long is shown where it cannot be kept."""
+    from commlib import tune_report
+
+    try:
         result.settings.save(options.output)
         tune_report.show(result, options.output, options.plot)
-    commlib.shutdown()
+    except OSError as error:
+        print(f"commlib tune: cannot write: {error}. This is the settings record:", file=sys.stderr)
+        print(result.settings.to_json())
+        return 1
     return 0
 
 

@@ -4,6 +4,7 @@ Faults are real: a link that goes down, packets that vanish, connections that ar
 lost host's name, or, if the fault is over soon enough, lose nothing.
 """
 
+import contextlib
 import os
 import resource
 import signal
@@ -13,12 +14,14 @@ import time
 import numpy as np
 import pytest
 from support import RankFailed
-from support_hosts import Hosts, ranks_on, run, why_not
+from support_hosts import FarApart, Hosts, ranks_on, run, why_not
 
 import commlib
 
 NOT_HERE = why_not()
 pytestmark = pytest.mark.skipif(NOT_HERE is not None, reason=str(NOT_HERE))
+
+TCP_NOTSENT_LOWAT = 25  # of linux/tcp.h
 
 LOST_S = 5.0  # the configured timeout; the default of 30 s would make these tests long and prove no more
 SETTINGS = {"lost_ms": int(1000 * LOST_S), "heartbeat_ms": 500}
@@ -147,6 +150,71 @@ def test_a_process_that_runs_out_of_descriptors_says_so_to_all():
         assert 3 < left < 29 and all(error is None for error, _ in outcomes), outcomes
 
 
+# ---- what is posted ahead ----------------------------------------------------------------------------------------
+
+
+def held_unsent():
+    """What the kernel may hold unsent of this process's connection to the other rank, in bytes."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as sock:
+            if sock.family == socket.AF_INET:
+                return sock.getsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT)
+    raise AssertionError("no connection")
+
+
+def reduce_for(rounds):
+    """All-reduces of 4 MB; returns what the kernel may hold then."""
+    for _ in range(rounds):
+        commlib.communicator().allreduce(np.ones(1_000_000, np.float32), op=commlib.Sum)
+    return held_unsent()
+
+
+def has_tun():
+    try:
+        os.close(os.open("/dev/net/tun", os.O_RDWR))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_tun(), reason="needs /dev/net/tun")
+def test_what_is_posted_ahead_follows_bandwidth_and_delay():
+    """Little on a short way; a window's bytes on a long one; and what the settings say where they say it."""
+    with Hosts(2) as hosts, FarApart(hosts, delay_s=0.02):
+        options = {"network_interfaces": "far0", "heartbeat_ms": 100, "lost_ms": 20_000}
+        with hosts.start(inflight_most_nbytes=0, **options) as ranks:
+            assert ranks.call(reduce_for, 3) == [64 << 10] * 2
+        with hosts.start(inflight_most_nbytes=100_000, **options) as ranks:
+            end_s = time.monotonic() + 30.0
+            while ranks.call(reduce_for, 1) != [100_000] * 2:  # as soon as a tick has seen what the link carries
+                assert time.monotonic() < end_s, ranks.call(held_unsent)
+
+
+# ---- bytes on the wire -------------------------------------------------------------------------------------------
+
+
+def bytes_sent_per_byte(count, rounds=4):
+    """What leaves this host in an all-reduce, headers included, for each byte of it: by the interface's counter."""
+    communicator, array = commlib.communicator(), np.ones(count, np.float32)
+    sent = []
+    for repeats in (0, rounds):
+        communicator.barrier()
+        for _ in range(repeats):
+            communicator.allreduce_(array, op=commlib.Max)
+        communicator.barrier()
+        with open("/sys/class/net/eth0/statistics/tx_bytes", encoding="ascii") as file:
+            sent.append(int(file.read()))
+    return (sent[1] - sent[0]) / (rounds * array.nbytes)
+
+
+@pytest.mark.parametrize("algorithm, per_byte", [("hierarchical", 1.0), ("ring", 1.5), ("recursive_doubling", 2.0)])
+def test_what_two_hosts_of_two_ranks_send(algorithm, per_byte):
+    """Hierarchical sends half the bytes of recursive doubling over the ranks, and two thirds of a ring's."""
+    with ranks_on(2, per_host=2, algorithms=f"allreduce={algorithm}") as (_, ranks):
+        for sent in ranks.call(bytes_sent_per_byte, 1_000_000):
+            assert 0.99 * per_byte < sent < 1.12 * per_byte, sent  # headers and acknowledgements beside the payload
+
+
 # ---- faults that end the job -------------------------------------------------------------------------------------
 
 
@@ -234,6 +302,25 @@ def test_a_fault_is_noticed_by_all_in_time(fault, body, within_s, lives):
 # ---- faults that a job survives ----------------------------------------------------------------------------------
 
 
+def reduce_without_descriptors():
+    """What an all-reduce and a broadcast give when this process can open nothing any more."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        with pytest.raises(OSError):
+            os.close(os.open("/dev/null", os.O_RDONLY))
+        communicator = commlib.communicator()
+        sums = communicator.allreduce(np.full(300_000, 1.0 + communicator.rank, np.float32), op=commlib.Sum)
+        return set(sums.tolist()), communicator.broadcast(np.full(3, communicator.rank), 1).tolist()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_running_job_needs_no_new_descriptors():
+    with ranks_on(2, per_host=2) as (_, ranks):
+        assert ranks.call(reduce_without_descriptors) == [({10.0}, [1, 1, 1])] * 4
+
+
 def reduce_while(seconds):
     """All-reduces for so long, and checks each; returns how many."""
     communicator, end_s, rounds = commlib.communicator(), time.monotonic() + seconds, 0
@@ -260,12 +347,21 @@ def slow_down(hosts, ranks):
     hosts.limit(2, mbit=20)
 
 
+def starve(hosts, ranks):
+    """A slow host: the process runs for a tenth of the time."""
+    for _ in range(25):
+        ranks.processes[2].send_signal(signal.SIGSTOP)
+        time.sleep(0.09)
+        ranks.processes[2].send_signal(signal.SIGCONT)
+        time.sleep(0.01)
+
+
 def stop_for_five_seconds(hosts, ranks):
     stop_for_a_while(hosts, ranks, 5.0)
 
 
 @pytest.mark.parametrize("fault, settings", [
-    (stop_for_a_while, SETTINGS), (cut_for_a_while, SETTINGS), (slow_down, SETTINGS), (stop_for_five_seconds, {}),
+    (stop_for_a_while, SETTINGS), (cut_for_a_while, SETTINGS), (slow_down, SETTINGS), (starve, SETTINGS), (stop_for_five_seconds, {}),
 ])
 def test_what_is_over_soon_loses_nothing(fault, settings):
     with ranks_on(3, **settings) as (hosts, ranks):
