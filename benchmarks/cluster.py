@@ -30,10 +30,11 @@ class Cluster:
         hosts: how many, at most 250.
         rate_mbit: of each link and direction, in 10^6 bit/s.
         name: prefix of the namespaces; another cluster of this name that was left over is removed.
+        congestion: TCP's congestion control on the hosts, such as "cubic"; None: this machine's default.
     """
 
-    def __init__(self, hosts, rate_mbit, name="commlib"):
-        self.hosts, self.rate_mbit, self.name = hosts, rate_mbit, name
+    def __init__(self, hosts, rate_mbit, name="commlib", congestion=None):
+        self.hosts, self.rate_mbit, self.name, self.congestion = hosts, rate_mbit, name, congestion
         self._processes = []
 
     def __enter__(self):
@@ -114,6 +115,8 @@ exec ip netns exec {self.name}-$host unshare --uts --mount sh -c "hostname h$hos
     def _add_host(self, host):
         namespace, limit = self._namespace(host), f"tbf rate {self.rate_mbit}mbit burst {BURST_NBYTES} latency {_QUEUE}"
         _run(["ip", "netns", "add", namespace])
+        if self.congestion:
+            _run(["ip", "netns", "exec", namespace, "sysctl", "-q", "-w", f"net.ipv4.tcp_congestion_control={self.congestion}"])
         _batch(["ip", "-n", self._switch], [f"link add port{host} type veth peer name eth0 netns {namespace}",
                                             f"link set port{host} master br0 up"])  # fmt: skip
         # The neighbours are written down, so that nothing is lost or waits for ARP.

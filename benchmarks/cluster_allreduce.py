@@ -131,13 +131,14 @@ def main():
     parser.add_argument("--peers", nargs="+", choices=["commlib", *VARIANTS, "gloo", *LAUNCHERS],
                         default=["commlib", "gloo", *LAUNCHERS])  # fmt: skip
     parser.add_argument("--name", default="commlib", help="prefix of the namespaces")
+    parser.add_argument("--congestion", metavar="NAME", help="TCP's congestion control, such as cubic; else this machine's default")
     parser.add_argument("--output", metavar="FILE", help="raw data, as JSON")
     arguments = parser.parse_args()
     missing = install_missing([name for name in arguments.peers if name in PEERS])
     arguments.peers = [name for name in arguments.peers if name not in missing]
     for hosts in arguments.hosts:
         load, absent = os.getloadavg(), dict(missing)
-        with Cluster(hosts, arguments.rate_mbit, arguments.name) as cluster:
+        with Cluster(hosts, arguments.rate_mbit, arguments.name, arguments.congestion) as cluster:
             results = run(arguments, cluster, absent)
         if arguments.output:
             add_run(arguments.output, f"{hosts} x {arguments.ranks_per_host}, {arguments.rate_mbit} Mbit/s", arguments, load,

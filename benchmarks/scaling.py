@@ -156,10 +156,11 @@ def main():
     parser.add_argument("--movers", nargs="+", choices=MOVERS, default=["commlib"])
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--name", default="commlib", help="prefix of the namespaces")
+    parser.add_argument("--congestion", metavar="NAME", help="TCP's congestion control, such as cubic; else this machine's default")
     parser.add_argument("--output", metavar="FILE", help="raw data, as JSON")
     arguments = parser.parse_args()
     for hosts in arguments.hosts:
-        with Cluster(hosts, arguments.rate_mbit, arguments.name) as cluster:
+        with Cluster(hosts, arguments.rate_mbit, arguments.name, arguments.congestion) as cluster:
             for name in arguments.model:
                 load = os.getloadavg()
                 entry = run(arguments, name, hosts, cluster)
