@@ -392,8 +392,8 @@ def functions_address():
 
 
 ENGINE_SETTINGS = (
-    "eager_nbytes", "eager_budget_nbytes", "inflight_nbytes", "inflight_most_nbytes", "spin_us", "heartbeat_ms", "lost_ms", "shm_ring_nbytes",
-    "stall_warning_s", "stall_shutdown_s",
+    "eager_nbytes", "eager_budget_nbytes", "inflight_nbytes", "inflight_most_nbytes", "spin_us", "heartbeat_ms", "lost_ms",
+    "shm_ring_nbytes", "stall_warning_s", "stall_shutdown_s",
 )  # fmt: skip
 
 _REFUSED = "the engine refuses a request that contradicts itself: this is a fault of commlib, please report it"

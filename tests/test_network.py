@@ -361,7 +361,8 @@ def stop_for_five_seconds(hosts, ranks):
 
 
 @pytest.mark.parametrize("fault, settings", [
-    (stop_for_a_while, SETTINGS), (cut_for_a_while, SETTINGS), (slow_down, SETTINGS), (starve, SETTINGS), (stop_for_five_seconds, {}),
+    (stop_for_a_while, SETTINGS), (cut_for_a_while, SETTINGS), (slow_down, SETTINGS), (starve, SETTINGS),
+    (stop_for_five_seconds, {}),
 ])
 def test_what_is_over_soon_loses_nothing(fault, settings):
     with ranks_on(3, **settings) as (hosts, ranks):
