@@ -140,3 +140,19 @@ def refused_in_fit(way):
     error = error_of(lambda: model.fit(X[rank], Y[rank], batch_size=4, verbose=0), False)
     assert comm.allreduce(tf.ones(1), op=comm.Sum).numpy() == comm.size()
     return error
+
+
+def with_less_work(graph):
+    """Rank r has r + 1 steps, then joins: what the others' gradients add up to; the last rank that joined."""
+    variables = [tf.Variable(1.0), tf.Variable([1.0, 2.0])]
+
+    def gradients():
+        with tf.GradientTape() as tape:
+            loss = variables[0] + tf.reduce_sum(variables[1])
+        return comm.DistributedGradientTape(tape, op=comm.Sum).gradient(loss, variables)
+
+    step = tf.function(gradients, autograph=False) if graph else gradients
+    for number in range(comm.rank() + 1):
+        at_work = comm.size() - number
+        assert [one.numpy().tolist() for one in step()] == [at_work, [at_work] * 2]
+    return comm.join()

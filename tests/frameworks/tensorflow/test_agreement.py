@@ -32,3 +32,7 @@ def test_one_waits_where_another_overlaps(tensorflow_ranks):
 def test_what_cannot_be_brought_together(tensorflow_ranks, way, part):
     for kind, text in tensorflow_ranks(2).call("agreement_cases:refused_in_fit", way):
         assert kind == "FailedPreconditionError" and "ranks disagree" in text and part in text, text
+
+
+def test_ranks_with_less_work(tensorflow_ranks, graph):
+    assert tensorflow_ranks(3).call("agreement_cases:with_less_work", graph) == [2] * 3
