@@ -94,7 +94,7 @@ def test_the_transport_alone_finds_the_communicator(path):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_what_a_rank_never_submits_fails_on_every_rank(path, library):
-    run_parts(path, library, 2, "stalled", transport="mpi", stall_warning_s="0.1", stall_shutdown_s="3")
+    run_parts(path, library, 2, "stalled", transport="mpi", stall_warning_s="0.1", stall_shutdown_s="5")
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
