@@ -13,6 +13,10 @@ import torch.distributed as dist
 
 from commlib import CommlibError
 
+# Older torch's C++, such as DDP's, holds a Work by its half in C++ and would find the other one gone: it is kept until it was
+# waited for. That torch keeps it itself is seen by what came to it with that.
+_kept = None if hasattr(dist.ProcessGroup, "shutdown") else set()
+
 # The attendant looks at the oldest work this long before it looks at the others.
 _SLICE_S = 2e-3
 
@@ -48,6 +52,8 @@ class Work(dist.Work):
         self._is_settled = False
         self._error = None
         self._future = self._outcome = None
+        if _kept is not None:
+            _kept.add(self)
 
     # ---- torch.distributed's names
 
@@ -64,6 +70,7 @@ class Work(dist.Work):
         end_s = time.monotonic() + seconds if seconds > 0 else None
         if not self._settles_by(end_s):
             raise CollectiveTimeoutError(f"{self._what} is not done after {seconds:.3g} s; it goes on: wait again")
+        _let_go(self)
         if self._error is not None:
             raise self._error.with_traceback(None)
         return True
@@ -113,6 +120,7 @@ class Work(dist.Work):
     def complete(self):
         """The work is settled: its future learns how."""
         self._outcome.set_result(None)
+        _let_go(self)
 
     def look(self, seconds):
         """Waits for at most so long; True: it is settled."""
@@ -165,6 +173,11 @@ class Work(dist.Work):
                 self._handles, self._land = [], None
                 self._is_settled = True
         return True
+
+
+def _let_go(work):
+    if _kept is not None:
+        _kept.discard(work)
 
 
 class Attendant:

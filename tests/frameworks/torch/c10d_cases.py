@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from c10d_collectives import begin, numbers, place
+from c10d_collectives import begin, destroy, numbers, place
 
 
 def other_dtypes():
@@ -241,9 +241,7 @@ def cycles(path, count):
         assert int(tensor) == sum(range(size))
         left = dist.irecv(torch.empty(1), (rank + 1) % size, tag=number)
         dist.barrier()
-        if not hasattr(dist.ProcessGroup, "shutdown"):
-            dist.group.WORLD.shutdown()  # older torch does not tell a group in Python that it is destroyed
-        dist.destroy_process_group()
+        destroy()
         assert "shut down" in refused(left.wait) or "closed" in refused(left.wait), refused(left.wait)
         others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
         assert "commlib futures" not in [thread.name for thread in others]
@@ -284,7 +282,7 @@ def lost(path):
         os._exit(3)
     works = [dist.all_reduce(torch.ones(1000), async_op=True), dist.irecv(torch.empty(1), tag=1)]
     texts = [refused(works[0].wait), refused(works[1].wait), refused(dist.barrier)]
-    dist.destroy_process_group()
+    destroy()
     return texts
 
 
@@ -308,5 +306,5 @@ def between_hosts(address):
         assert torch.equal(tensor, torch.full((count,), 6.0))
     points()
     dist.barrier()
-    dist.destroy_process_group()
+    destroy()
     return communicator.host_sizes, sorted(communicator.transports.values())

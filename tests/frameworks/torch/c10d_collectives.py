@@ -39,10 +39,17 @@ def place():
     return int(os.environ["COMMLIB_RANK"]), int(os.environ["COMMLIB_SIZE"])
 
 
+def destroy():
+    """Destroys the default group; older torch does not tell a group in Python of it."""
+    if not hasattr(dist.ProcessGroup, "shutdown"):
+        dist.group.WORLD.shutdown()
+    dist.destroy_process_group()
+
+
 def end():
     """Destroys all groups; nothing of them is left."""
     _groups.clear()
-    dist.destroy_process_group()
+    destroy()
     assert not [thread.name for thread in threading.enumerate() if thread.name == "commlib futures"]
 
 
