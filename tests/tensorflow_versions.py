@@ -17,10 +17,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 VERSIONS = ("2.16", "2.18", "2.20", "2.21")
 LONGEST_S = 600
 
-# What a rank of three does: every op, in eager mode and in a function; a tape; halves; a mismatch; two lives.
+# What a rank of three does: every op, in eager mode and in a function; a tape; halves; a mismatch; Keras with overlap; two lives.
 PROGRAM = """
 import sys
+import keras
+import numpy as np
 import tensorflow as tf
+import commlib.keras
 import commlib.tensorflow as comm
 from commlib.tensorflow import operations
 
@@ -57,6 +60,17 @@ def halves(x):
 def mismatch():
     return comm.allreduce(tf.ones(2 + rank // 2), name="m")
 
+def train(overlap):
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(2)])
+    model.compile(commlib.keras.DistributedOptimizer(keras.optimizers.Adam(0.1)), "mse")
+    model = commlib.keras.enable_forward_overlap(model) if overlap else model
+    x = np.random.default_rng(rank).normal(size=(12, 3)).astype("float32")
+    model.fit(x, x[:, :2], batch_size=4, verbose=0, shuffle=False)
+    everybody = comm.allgather_object([one.tobytes() for one in model.get_weights()])
+    assert all(one == everybody[0] for one in everybody)
+    return everybody[0]
+
 for life in range(2):
     x = tf.constant([rank + 1.0])
     check(x)
@@ -78,10 +92,11 @@ for life in range(2):
         for i in range(3):
             operations.begin(x * i, f"half {i}", op=comm.Sum)
         assert [operations.finish(f"half {i}", tf.float32, [1], op=comm.Sum).numpy()[0] for i in range(3)] == [0.0, 6.0, 12.0]
+    assert comm.allreduce(tf.ones(3), op=comm.Adasum).numpy().tolist() == [1.0] * 3
+    assert train(False) == train(True)
     comm.shutdown()
     comm.init()
 if rank == 0:
-    import keras
     sys.stdout.write(f"TensorFlow {tf.__version__}, Keras {keras.__version__}, Python {sys.version.split()[0]}: well\\n")
 """
 
