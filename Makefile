@@ -12,7 +12,7 @@
 #             for each
 # make test-tensorflow-versions  tries one wheel with TensorFlow 2.16, 2.18, 2.20 and 2.21, each in an environment of its own
 # make test-older-torch  runs the PyTorch adapter's tests with the oldest torch that it supports (TORCH=2.4.1 unless you name another), in
-#             an environment of its own; the wheel is a CUDA build of gigabytes, which works without a GPU. 20 minutes on two cores
+#             an environment of its own; the wheel is a CUDA build of gigabytes, which works without a GPU
 # make plots  draws docs/allreduce.svg and the README's tables from what make bench has measured
 #
 # The first two need Linux, Python >= 3.9 with venv, a C compiler (gcc; g++ for TensorFlow's op library) and the network for pip. No GPU, no CUDA.

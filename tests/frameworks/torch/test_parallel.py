@@ -6,7 +6,7 @@ from support import Died
 
 
 def needs_dtensor():
-    """Torch has public names for FSDP2, DTensor and pipelines since 2.5 or 2.6."""
+    """Skips where torch has no public names for FSDP2, DTensor and pipelines, as 2.4."""
     import torch.distributed.tensor
 
     if not hasattr(torch.distributed.tensor, "DTensor"):
