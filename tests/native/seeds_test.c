@@ -545,6 +545,9 @@ static bool run_seeds(uint64_t first, uint64_t count, FILE *trace, volatile uint
         exit(0);
     }
     CHECK(waitpid(child, &status, 0) == child);
+    if (WIFSIGNALED(status) && WTERMSIG(status) != SIGABRT) /* who aborts has said why */
+        fprintf(stderr, "seed %llu: %s\n", (unsigned long long)*at,
+                WTERMSIG(status) == SIGALRM ? "it hangs" : strsignal(WTERMSIG(status)));
     return WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }
 

@@ -19,8 +19,11 @@ static void complain(storm *s, const char *what)
 
 static void trace_frame(const end *e, const char *what, const cl_frame *f)
 {
-    static const char *const names[] = {"?", "post", "grant", "data", "credit", "up", "down", "ticket", "mismatch", "fail",
-                                        "lost", "bye"};
+    static const char *const names[CL_FRAME_BYE + 1] = {
+        "?", [CL_FRAME_POST] = "post", [CL_FRAME_GRANT] = "grant", [CL_FRAME_DATA] = "data", [CL_FRAME_CREDIT] = "credit",
+        [CL_FRAME_EXCHANGE_UP] = "up", [CL_FRAME_EXCHANGE_DOWN] = "down", [CL_FRAME_TICKET] = "ticket", [CL_FRAME_JOIN] = "join",
+        [CL_FRAME_ANNOUNCE] = "announce", [CL_FRAME_QUERY] = "query", [CL_FRAME_ANSWER] = "answer",
+        [CL_FRAME_MISMATCH] = "mismatch", [CL_FRAME_FAIL] = "fail", [CL_FRAME_LOST] = "lost", [CL_FRAME_BYE] = "bye"};
     if (e->storm->weather.trace == NULL)
         return;
     fprintf(e->storm->weather.trace, "%11.7f rank %d %s rank %d: %s key %d segment %u step %u arg %llu, %u bytes%s%s%s\n",

@@ -53,27 +53,98 @@ bool tasks_need_everybody(const task *t)
 
 /* ---- arithmetic, as plain as it can be ------------------------------------------------------------------------ */
 
-#define REDUCES(name, type)                                                          \
+/* `sum` is a type in which sums and products may wrap. */
+#define REDUCES(name, type, sum)                                                     \
     static void reduce_##name(int32_t reduction, type *to, const type *in, size_t n) \
     {                                                                                \
         for (size_t i = 0; i < n; i++)                                               \
-            to[i] = reduction == CL_SUM       ? (type)(to[i] + in[i])                \
-                    : reduction == CL_PRODUCT ? (type)(to[i] * in[i])                \
+            to[i] = reduction == CL_SUM       ? (type)((sum)to[i] + (sum)in[i])      \
+                    : reduction == CL_PRODUCT ? (type)((sum)to[i] * (sum)in[i])      \
                     : reduction == CL_MIN     ? (in[i] < to[i] ? in[i] : to[i])      \
                                               : (in[i] > to[i] ? in[i] : to[i]);     \
     }
-REDUCES(uint8, uint8_t)
-REDUCES(int32, uint32_t)
-REDUCES(float32, float)
-REDUCES(float64, double)
+REDUCES(uint8, uint8_t, uint8_t)
+REDUCES(int8, int8_t, int8_t)
+REDUCES(int16, int16_t, int16_t)
+REDUCES(int32, int32_t, uint32_t)
+REDUCES(int64, int64_t, uint64_t)
+REDUCES(float32, float, float)
+REDUCES(float64, double, double)
+
+/* The upper half of a float, rounded to nearest, even at ties. */
+static float from_bfloat16(uint16_t half)
+{
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static uint16_t to_bfloat16(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+#ifdef __FLT16_MANT_DIG__ /* the compiler's own; where it has none, the other 16-bit type is tested twice */
+static float from_float16(uint16_t half)
+{
+    _Float16 value;
+    memcpy(&value, &half, sizeof value);
+    return (float)value;
+}
+
+static uint16_t to_float16(float value)
+{
+    _Float16 rounded = (_Float16)value;
+    uint16_t half;
+    memcpy(&half, &rounded, sizeof half);
+    return half;
+}
+enum { FLOAT16 = CL_FLOAT16 };
+#else
+enum { FLOAT16 = CL_BFLOAT16 };
+#define from_float16 from_bfloat16
+#define to_float16 to_bfloat16
+#endif
+
+/* In fp32, rounded once. */
+#define REDUCES_HALF(name)                                                                   \
+    static void reduce_##name(int32_t reduction, uint16_t *to, const uint16_t *in, size_t n) \
+    {                                                                                        \
+        for (size_t i = 0; i < n; i++) {                                                     \
+            float sum = from_##name(to[i]);                                                  \
+            reduce_float32(reduction, &sum, (const float[]){from_##name(in[i])}, 1);         \
+            to[i] = to_##name(sum);                                                          \
+        }                                                                                    \
+    }
+REDUCES_HALF(bfloat16)
+REDUCES_HALF(float16)
+
+/* "Or", or "and". */
+static void reduce_bool(int32_t reduction, uint8_t *to, const uint8_t *in, size_t n)
+{
+    bool any = reduction == CL_SUM || reduction == CL_MAX;
+    for (size_t i = 0; i < n; i++)
+        to[i] = any ? to[i] | in[i] : to[i] & in[i];
+}
+
+#define REDUCE(name, type) reduce_##name(t->reduction, (type *)(void *)to, (const type *)(const void *)in, n)
 
 static void reduce(const task *t, uint8_t *to, const uint8_t *in, size_t n)
 {
     switch (t->dtype) {
-    case CL_UINT8: reduce_uint8(t->reduction, to, in, n); break;
-    case CL_INT32: reduce_int32(t->reduction, (uint32_t *)(void *)to, (const uint32_t *)(const void *)in, n); break;
-    case CL_FLOAT32: reduce_float32(t->reduction, (float *)(void *)to, (const float *)(const void *)in, n); break;
-    default: reduce_float64(t->reduction, (double *)(void *)to, (const double *)(const void *)in, n);
+    case CL_UINT8: REDUCE(uint8, uint8_t); break;
+    case CL_INT8: REDUCE(int8, int8_t); break;
+    case CL_INT16: REDUCE(int16, int16_t); break;
+    case CL_INT32: REDUCE(int32, int32_t); break;
+    case CL_INT64: REDUCE(int64, int64_t); break;
+    case CL_BOOL: REDUCE(bool, uint8_t); break;
+    case CL_BFLOAT16: REDUCE(bfloat16, uint16_t); break;
+    case CL_FLOAT16: REDUCE(float16, uint16_t); break;
+    case CL_FLOAT32: REDUCE(float32, float); break;
+    default: REDUCE(float64, double);
     }
 }
 
@@ -98,8 +169,14 @@ static void put_value(const task *t, uint32_t number, int32_t rank, uint64_t i, 
     double real = ((double)(bits >> 11) * 0x1p-53 - 0.5) * (t->reduction == CL_PRODUCT ? 2 : 100);
     float single = (float)real;
     switch (t->dtype) {
-    case CL_UINT8: *at = (uint8_t)low; break;
+    case CL_UINT8:
+    case CL_INT8: *at = (uint8_t)low; break;
+    case CL_BOOL: *at = low & 1; break;
+    case CL_INT16: memcpy(at, &(uint16_t){(uint16_t)low}, sizeof(uint16_t)); break;
     case CL_INT32: memcpy(at, &low, sizeof low); break;
+    case CL_INT64: memcpy(at, &(uint64_t){low * UINT64_C(0x100000001)}, sizeof(uint64_t)); break;
+    case CL_BFLOAT16: memcpy(at, &(uint16_t){to_bfloat16(single)}, sizeof(uint16_t)); break;
+    case CL_FLOAT16: memcpy(at, &(uint16_t){to_float16(single)}, sizeof(uint16_t)); break;
     case CL_FLOAT32: memcpy(at, &single, sizeof single); break;
     default: memcpy(at, &real, sizeof real);
     }
@@ -184,8 +261,11 @@ static void draw_members(program *p, task *t)
 
 static void draw_arithmetic(program *p, task *t)
 {
-    static const int32_t dtypes[] = {CL_INT32, CL_FLOAT32, CL_FLOAT32, CL_FLOAT64, CL_UINT8};
-    t->dtype = t->form == EXCHANGE ? CL_UINT8 : t->form == BARRIER ? CL_INT32 : dtypes[tasks_pick(p, 5)];
+    static const int32_t dtypes[] = {CL_FLOAT32, CL_FLOAT64, CL_BFLOAT16, FLOAT16, CL_UINT8, CL_INT8, CL_INT16, CL_INT32,
+                                     CL_INT64, CL_BOOL, CL_FLOAT32, CL_FLOAT32};
+    t->dtype = dtypes[tasks_pick(p, sizeof dtypes / sizeof dtypes[0])];
+    if (t->form == EXCHANGE || t->form == BARRIER)
+        t->dtype = t->form == EXCHANGE ? CL_UINT8 : CL_INT32;
     t->prescale = t->postscale = 1;
     if (!forms[t->form].reduces)
         return;
