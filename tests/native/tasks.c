@@ -4,6 +4,8 @@
  */
 #include "tasks.h"
 
+#include "plain_reduce.h"
+
 #include <stdio.h>
 #include <string.h>
 
@@ -52,83 +54,6 @@ bool tasks_need_everybody(const task *t)
 }
 
 /* ---- arithmetic, as plain as it can be ------------------------------------------------------------------------ */
-
-/* `sum` is a type in which sums and products may wrap. */
-#define REDUCES(name, type, sum)                                                     \
-    static void reduce_##name(int32_t reduction, type *to, const type *in, size_t n) \
-    {                                                                                \
-        for (size_t i = 0; i < n; i++)                                               \
-            to[i] = reduction == CL_SUM       ? (type)((sum)to[i] + (sum)in[i])      \
-                    : reduction == CL_PRODUCT ? (type)((sum)to[i] * (sum)in[i])      \
-                    : reduction == CL_MIN     ? (in[i] < to[i] ? in[i] : to[i])      \
-                                              : (in[i] > to[i] ? in[i] : to[i]);     \
-    }
-REDUCES(uint8, uint8_t, uint8_t)
-REDUCES(int8, int8_t, int8_t)
-REDUCES(int16, int16_t, int16_t)
-REDUCES(int32, int32_t, uint32_t)
-REDUCES(int64, int64_t, uint64_t)
-REDUCES(float32, float, float)
-REDUCES(float64, double, double)
-
-/* The upper half of a float, rounded to nearest, even at ties. */
-static float from_bfloat16(uint16_t half)
-{
-    uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static uint16_t to_bfloat16(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-#ifdef __FLT16_MANT_DIG__ /* the compiler's own; where it has none, the other 16-bit type is tested twice */
-static float from_float16(uint16_t half)
-{
-    _Float16 value;
-    memcpy(&value, &half, sizeof value);
-    return (float)value;
-}
-
-static uint16_t to_float16(float value)
-{
-    _Float16 rounded = (_Float16)value;
-    uint16_t half;
-    memcpy(&half, &rounded, sizeof half);
-    return half;
-}
-enum { FLOAT16 = CL_FLOAT16 };
-#else
-enum { FLOAT16 = CL_BFLOAT16 };
-#define from_float16 from_bfloat16
-#define to_float16 to_bfloat16
-#endif
-
-/* In fp32, rounded once. */
-#define REDUCES_HALF(name)                                                                   \
-    static void reduce_##name(int32_t reduction, uint16_t *to, const uint16_t *in, size_t n) \
-    {                                                                                        \
-        for (size_t i = 0; i < n; i++) {                                                     \
-            float sum = from_##name(to[i]);                                                  \
-            reduce_float32(reduction, &sum, (const float[]){from_##name(in[i])}, 1);         \
-            to[i] = to_##name(sum);                                                          \
-        }                                                                                    \
-    }
-REDUCES_HALF(bfloat16)
-REDUCES_HALF(float16)
-
-/* "Or", or "and". */
-static void reduce_bool(int32_t reduction, uint8_t *to, const uint8_t *in, size_t n)
-{
-    bool any = reduction == CL_SUM || reduction == CL_MAX;
-    for (size_t i = 0; i < n; i++)
-        to[i] = any ? to[i] | in[i] : to[i] & in[i];
-}
 
 #define REDUCE(name, type) reduce_##name(t->reduction, (type *)(void *)to, (const type *)(const void *)in, n)
 
@@ -261,11 +186,8 @@ static void draw_members(program *p, task *t)
 
 static void draw_arithmetic(program *p, task *t)
 {
-    static const int32_t dtypes[] = {CL_FLOAT32, CL_FLOAT64, CL_BFLOAT16, FLOAT16, CL_UINT8, CL_INT8, CL_INT16, CL_INT32,
-                                     CL_INT64, CL_BOOL, CL_FLOAT32, CL_FLOAT32};
-    t->dtype = dtypes[tasks_pick(p, sizeof dtypes / sizeof dtypes[0])];
-    if (t->form == EXCHANGE || t->form == BARRIER)
-        t->dtype = t->form == EXCHANGE ? CL_UINT8 : CL_INT32;
+    static const int32_t dtypes[] = {CL_INT32, CL_FLOAT32, CL_FLOAT32, CL_FLOAT64, CL_UINT8};
+    t->dtype = t->form == EXCHANGE ? CL_UINT8 : t->form == BARRIER ? CL_INT32 : dtypes[tasks_pick(p, 5)];
     t->prescale = t->postscale = 1;
     if (!forms[t->form].reduces)
         return;
@@ -273,6 +195,17 @@ static void draw_arithmetic(program *p, task *t)
     bool scales = t->dtype == CL_FLOAT32 || t->dtype == CL_FLOAT64;
     t->prescale = scales && tasks_pick(p, 4) == 0 ? 0.3 : 1;
     t->postscale = scales && tasks_pick(p, 3) == 0 ? 1.0 / t->nmembers : 1;
+}
+
+/* Types of other widths, now and then, in place of what was drawn; none that is scaled, which the reference does not do to them. */
+static void draw_other_type(const program *p, task *t)
+{
+    static const int32_t others[CL_DTYPE_END][4] = {
+        [CL_INT32] = {CL_INT8, CL_INT16, CL_INT64, CL_INT64}, [CL_UINT8] = {CL_BOOL, CL_BOOL, CL_INT8, CL_BOOL},
+        [CL_FLOAT32] = {CL_BFLOAT16, FLOAT16, CL_BFLOAT16, FLOAT16}, [CL_FLOAT64] = {CL_INT64, CL_INT64, FLOAT16, CL_BFLOAT16}};
+    uint64_t choice = (p->random * UINT64_C(0x9E3779B97F4A7C15)) >> 60; /* the next draws are what they would have been */
+    if (choice < 8 && t->prescale == 1 && t->postscale == 1 && t->form != EXCHANGE && t->form != BARRIER)
+        t->dtype = others[t->dtype][choice % 4];
 }
 
 static void draw_task(program *p, task *t)
@@ -283,6 +216,7 @@ static void draw_task(program *p, task *t)
     if (forms[t->form].powers_of_two && (t->nmembers & (t->nmembers - 1)) != 0)
         t->form = SUM_RING;
     draw_arithmetic(p, t);
+    draw_other_type(p, t);
     uint64_t size = tasks_pick(p, 4);
     t->count = size == 0 ? tasks_pick(p, 8) : size < 3 ? tasks_pick(p, 600) : tasks_pick(p, MOST_COUNT);
     t->segment_count = segment_counts[tasks_pick(p, 5)];
