@@ -139,7 +139,8 @@ class GlooMover:
                 return
             except RuntimeError:
                 if work.is_completed():
-                    raise
+                    work.wait()  # says what became of it: it may have completed well, just after the slice was over
+                    return
                 if is_over():
                     raise CommlibError("the operation has failed") from None
 
