@@ -74,7 +74,8 @@ def all_is_well():
 @pytest.mark.parametrize("size, transport", [(2, "shm"), (4, "shm"), (3, "tcp")])
 def test_what_a_rank_never_submits_fails_on_every_rank(size, transport):
     last = size - 1
-    with Ranks(size, transport=transport, stall_warning_s=WARNING_S, stall_shutdown_s=SHUTDOWN_S) as ranks:
+    # Ranks have a part of the shorter limit to answer in: without warnings, long enough for a crowded machine.
+    with Ranks(size, transport=transport, stall_warning_s=0, stall_shutdown_s=SHUTDOWN_S) as ranks:
         told = ranks.call(call_before_the_last)
         assert ranks.call(all_is_well) == [list(range(size))] * size
         told[last] = ranks.call(call_late)[last]
