@@ -17,7 +17,6 @@ import torch.distributed as dist
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -41,6 +40,8 @@ def load(seed):
 def distributed(model, arguments):
     """The model as PyTorch trains it on all ranks."""
     if arguments.fsdp:
+        from torch.distributed.fsdp import fully_shard  # newer torch only
+
         for layer in model:
             if isinstance(layer, nn.Linear):
                 fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
