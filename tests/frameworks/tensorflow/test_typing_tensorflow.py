@@ -1,24 +1,13 @@
 """The types of the public modules as a user's type checker sees them, that they are the code's, and that they are shipped."""
 
 import pathlib
-import re
-import subprocess
-import sys
 
 import pytest
+from support_typing import ROOT, check_revealed, shipped_files, strict_mypy
 
-HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent.parent.parent
-PROGRAM = HERE / "typed_program_tensorflow.py"
+PROGRAM = pathlib.Path(__file__).resolve().parent / "typed_program_tensorflow.py"
 # TensorFlow and Keras have no types of their own.
-CONFIGURATION = """[mypy]
-strict = True
-[mypy-tensorflow.*,keras.*]
-ignore_missing_imports = True
-follow_imports = skip
-[mypy-commlib.*]
-follow_imports = silent
-"""
+UNTYPED = "[mypy-tensorflow.*,keras.*]\nignore_missing_imports = True\nfollow_imports = skip\n"
 PAGES = {"commlib.tensorflow": "frameworks/tensorflow/__init__.pyi", "commlib.keras": "frameworks/tensorflow/keras/__init__.pyi",
          "commlib.tensorflow.keras.callbacks": "frameworks/tensorflow/keras/callbacks.pyi"}  # fmt: skip
 
@@ -37,34 +26,11 @@ def test_types_are_those_of_the_code(tensorflow_ranks):
 
 @pytest.fixture(scope="module")
 def mypy(tmp_path_factory):
-    """mypy(program) -> what mypy --strict says; commlib lies there as an installation has it."""
-    folder = tmp_path_factory.mktemp("typing")
-    installed = folder / "site" / "commlib"
-    installed.mkdir(parents=True)
-    for path in (ROOT / "commlib").iterdir():
-        (installed / path.name).symlink_to(path)
-    for name in ("tensorflow", "keras"):
-        (installed / name).symlink_to(ROOT / "frameworks" / name)
-    (folder / "mypy.ini").write_text(CONFIGURATION)
-
-    def run(program):
-        command = [sys.executable, "-m", "mypy", "--config-file", folder / "mypy.ini", "--cache-dir", folder / "cache", program]
-        ran = subprocess.run(command, cwd=folder, env={"MYPYPATH": str(folder / "site")}, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, text=True, timeout=110)  # fmt: skip
-        return ran.returncode, ran.stdout
-
-    return run
+    return strict_mypy(tmp_path_factory.mktemp("typing"), ["tensorflow", "keras"], UNTYPED)
 
 
 def test_a_strict_program_is_accepted_and_its_types_are_known(mypy):
-    status, printed = mypy(PROGRAM)
-    assert status == 0, printed
-    revealed = {int(line): text for line, text in re.findall(r"\.py:(\d+): note: Revealed type is \"(.*)\"", printed)}
-    asked = {number: line.partition("  # ")[2].split() for number, line in enumerate(PROGRAM.read_text().splitlines(), 1)
-             if line.lstrip().startswith("reveal_type(")}  # fmt: skip
-    assert revealed.keys() == asked.keys(), printed
-    for number, words in asked.items():
-        assert words and all(word in revealed[number] for word in words), (number, words, revealed[number])
+    check_revealed(mypy, PROGRAM)
 
 
 @pytest.mark.parametrize("line, words", [
@@ -81,13 +47,6 @@ def test_mistakes_are_found(mypy, tmp_path, line, words):
 
 
 def test_types_are_installed():
-    """What setuptools would put into a wheel."""
     pytest.importorskip("setuptools")
-    text = (
-        "import setuptools; d = setuptools.Distribution(); d.parse_config_files(); c = d.get_command_obj('build_py');"
-        "c.ensure_finalized(); c.manifest_files = {};"
-        "print(*(file for package in c.packages for file in c.find_data_files(package, c.get_package_dir(package))))"
-    )
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", text], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    assert {*PAGES.values(), "frameworks/keras/__init__.pyi", "frameworks/keras/py.typed", "frameworks/tensorflow/py.typed"} <= \
-        set(ran.stdout.split())  # fmt: skip
+    pages = (*PAGES.values(), "frameworks/keras/__init__.pyi", "frameworks/keras/py.typed", "frameworks/tensorflow/py.typed")
+    assert set(pages) <= shipped_files()
